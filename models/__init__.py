@@ -1,0 +1,1 @@
+"""Generative models, one system a file; ``python -m models`` is the demo."""
