@@ -207,6 +207,8 @@ def transform_keeps_the_batch(layer: nn.Module, z: Tensor, context: Tensor | Non
 def every_parameter_gets_a_gradient(
     layer: nn.Module, z: Tensor, context: Tensor | None = None
 ) -> None:
+    if not list(layer.parameters()):
+        return
     x, ladj = layer(context).call_and_ladj(z)
     (x.square().sum() + ladj.sum()).backward()
     assert all(p.grad is not None for p in layer.parameters())
@@ -246,6 +248,7 @@ def loss_gives_gradients(objective: nn.Module, *batch: Tensor) -> None:
 
 
 def same_seed_gives_the_same_loss(objective: nn.Module, *batch: Tensor) -> None:
+    objective(*batch)  # what is set up at the first call may draw
     with torch.random.fork_rng():
         torch.manual_seed(3)
         first = objective(*batch)
@@ -262,7 +265,7 @@ def bad_data_are_refused(objective: nn.Module, *batch: Tensor) -> None:
         try:
             objective(bad, *rest)
         except (ValueError, TypeError) as refusal:
-            assert str(refusal).endswith(".")  # noqa: PT017
+            assert "expected" in str(refusal) or "needs" in str(refusal)  # noqa: PT017
             continue
         raise AssertionError(
             f"{type(objective).__name__} accepted {bad.dtype} data of shape {tuple(bad.shape)}."

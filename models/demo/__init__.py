@@ -1,0 +1,1 @@
+"""The steps of ``python -m models``: learn, judge, complete, infer, report."""

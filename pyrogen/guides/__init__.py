@@ -1,0 +1,6 @@
+"""Learned posteriors q(z | x), as Pyro guides."""
+
+__all__ = ["Amortized", "AutoFlow"]
+
+from .amortized import Amortized
+from .auto import AutoFlow

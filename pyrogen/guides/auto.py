@@ -1,0 +1,230 @@
+"""A normalizing flow as the posterior of all latents of a model together."""
+
+__all__ = ["AutoFlow"]
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Self, cast
+
+import pyro
+import torch
+from pyro.infer.autoguide import init_to_median
+from pyro.infer.autoguide.guides import AutoContinuous
+from torch import Tensor, nn
+from torch.distributions import biject_to
+
+from ..distributions import Flow, Transformed
+from .parameters import announce
+
+DRAWS = 10_000  # from which medians and quantiles are estimated
+
+
+class AutoFlow(AutoContinuous):
+    r"""Joint posterior of all latents of a model, by a normalizing flow.
+
+    .. math:: q(z) = q_\text{flow}(u)\, |\det \partial u / \partial z|,
+
+    with :math:`u` the latents mapped to the reals and laid side by side. The flow starts near the
+    normal distribution at ``init_loc_fn``'s values; :meth:`standardize` gives it a better start,
+    from draws of a simpler guide. As a Pyro ``AutoContinuous`` it fits ``NeuTraReparam``. A state
+    dict loads into a guide that has not run yet.
+
+    Args:
+        model: Model whose latents are continuous; their number may not change between calls.
+        recipe: Function from a number of features to a flow, such as
+            :func:`~pyrogen.distributions.nsf` or a ``functools.partial`` of it. Flows with fast
+            draws suit best; for a single latent use ``maf``.
+        init_loc_fn: Initial value of each site, one of Pyro's ``init_to_...`` functions.
+        init_scale: Initial standard deviation, in unconstrained units.
+
+    Raises:
+        TypeError: If ``recipe`` is a flow and not a function that makes one.
+        ValueError: If a site is discrete, or the flow does not fit the model.
+        RuntimeError: If the model has no latents.
+        NotImplementedError: If a latent lies in a subsampled plate: one joint posterior of all
+            minibatches would be learned, and silently so.
+
+    References:
+        Rezende, Mohamed. Variational Inference with Normalizing Flows. ICML 2015. arXiv:1505.05770
+        Agrawal, Sheldon, Domke. Advances in Black-Box VI: Normalizing Flows, Importance Weighting,
+        and Optimization. NeurIPS 2020. arXiv:2006.10343
+
+    Example:
+        >>> from pyrogen.distributions import nsf
+        >>> def model():
+        ...     scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
+        ...     pyro.sample("x", dist.Normal(0.0, scale))
+        >>> guide = AutoFlow(model, nsf).setup()
+        >>> {name: value.shape for name, value in guide().items()}
+        {'scale': torch.Size([]), 'x': torch.Size([])}
+    """
+
+    def __init__(
+        self,
+        model: Callable,
+        recipe: Callable[[int], Flow],
+        *,
+        init_loc_fn: Callable = init_to_median,
+        init_scale: float = 1.0,
+    ) -> None:
+        if isinstance(recipe, nn.Module) or not callable(recipe):
+            raise TypeError(
+                f"AutoFlow expected a recipe from features to a flow, got {type(recipe).__name__}."
+                " Pass nsf, or functools.partial(nsf, layers=6): the guide counts the latents."
+            )
+        if not init_scale > 0:
+            raise ValueError(
+                f"AutoFlow expected a positive init_scale, got {init_scale}. Pass a standard "
+                "deviation, in unconstrained units."
+            )
+        super().__init__(model, init_loc_fn=init_loc_fn)
+        self.recipe = recipe
+        self.init_scale = init_scale
+
+    def setup(self, *args: Any, **kwargs: Any) -> Self:
+        """Build the flow from a run of the model, so that it has parameters to optimize.
+
+        The first call does it too, but an optimizer often has to be made before.
+        """
+        if self.prototype_trace is None:
+            self._setup_prototype(*args, **kwargs)
+        return self
+
+    def standardize(self, draws: Mapping[str, Tensor]) -> Self:
+        """Set the flow's shift and scale from draws of the latents.
+
+        Args:
+            draws: Values of every latent site, each of shape ``(draws, *shape)``, as given by
+                ``pyro.infer.Predictive`` with a simpler guide; other names are ignored.
+
+        Returns:
+            The guide itself.
+
+        Raises:
+            RuntimeError: If the guide has not been set up.
+            ValueError: If a site is missing, is constant, or is not finite.
+        """
+        if self.prototype_trace is None:
+            raise RuntimeError(
+                "AutoFlow has not seen its model run, so it does not know the sites. Call "
+                "guide.setup(*args) with the model's arguments first."
+            )
+        parts = []
+        for name, site in self.prototype_trace.iter_stochastic_nodes():
+            if name not in draws:
+                raise ValueError(
+                    f"AutoFlow expected draws of {name!r}, got {', '.join(draws) or 'none'}. Pass "
+                    "draws of every latent site."
+                )
+            value = draws[name].detach()
+            value = value.reshape(len(value), *site["value"].shape)
+            parts.append(biject_to(site["fn"].support).inv(value).reshape(len(value), -1))
+        self._flow.standardize(torch.cat(parts, dim=-1))
+        return self
+
+    def sample_latent(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Sample the unconstrained latents, as an auxiliary site."""
+        announce(f"{self._pyro_name}.flow", self._flow)
+        law = self._flow()
+        once = _ScoredOnce(law.noise, law.transforms)
+        return pyro.sample(f"_{self._pyro_name}_latent", once, infer={"is_auxiliary": True})
+
+    def get_posterior(self, *args: Any, **kwargs: Any) -> Transformed:
+        """Return the law of the unconstrained latents, event shape ``(latent_dim,)``."""
+        return self._flow()
+
+    def get_base_dist(self) -> Any:
+        """Return the law of the flow's noise."""
+        return self._flow().noise
+
+    def get_transform(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the flow's bijection, from noise to the unconstrained latents."""
+        return self._flow().bijection
+
+    def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Return the posterior median of every site, estimated from draws."""
+        return {name: value[0] for name, value in self.quantiles([0.5], *args, **kwargs).items()}
+
+    @torch.no_grad()
+    def quantiles(
+        self, quantiles: Sequence[float] | Tensor, *args: Any, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        """Return posterior quantiles of every site, estimated from draws.
+
+        Args:
+            quantiles: Levels in [0, 1], shape ``(levels,)``.
+            *args: Arguments of the model.
+            **kwargs: Arguments of the model.
+
+        Returns:
+            Values of shape ``(levels, *shape)``: bijections of the unconstrained quantiles.
+        """
+        self.setup(*args, **kwargs)
+        draws = self._flow().sample((DRAWS,))
+        levels = torch.as_tensor(quantiles).to(draws)
+        slices = [part.quantile(levels, dim=0) for part in draws.split(1000, dim=1)]
+        result: dict[str, list[Tensor]] = {}
+        for latent in torch.cat(slices, dim=1):
+            for site, value in self._unpack_latent(latent):
+                result.setdefault(site["name"], []).append(biject_to(site["fn"].support)(value))
+        return {name: torch.stack(values) for name, values in result.items()}
+
+    @property
+    def _flow(self) -> Flow:
+        return cast(Flow, self._modules["flow"])  # see parameters.announce
+
+    def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
+        super()._setup_prototype(*args, **kwargs)
+        trace: Any = self.prototype_trace
+        self.prototype_trace = None  # unless all sites pass
+        for name, site in trace.iter_stochastic_nodes():
+            for plate in site["cond_indep_stack"]:
+                if plate.full_size is not None and plate.size < plate.full_size:
+                    raise NotImplementedError(
+                        f"Site {name!r} lies in plate {plate.name!r}, which holds a subsample of "
+                        f"{plate.size} of {plate.full_size}: AutoFlow would give all minibatches "
+                        "one posterior. Use Amortized for it, and AutoFlow for the sites outside, "
+                        "in a pyro.infer.autoguide.AutoGuideList."
+                    )
+        self.prototype_trace = trace
+        start = self._init_loc()
+        if "flow" not in self._modules:
+            self._build(start)
+        elif self._flow.shift.shape != start.shape:
+            raise ValueError(
+                f"AutoFlow holds a flow of {len(self._flow.shift)} latents, and its model has "
+                f"{len(start)}. Load the state dict of a guide for this model."
+            )
+
+    def _build(self, start: Tensor) -> None:
+        flow = self.recipe(len(start))
+        if not isinstance(flow, Flow) or flow.shift.shape != start.shape:
+            raise ValueError(
+                f"AutoFlow expected its recipe to give a Flow of {len(start)} features, got "
+                f"{type(flow).__name__}. Pass nsf, or a functools.partial of it."
+            )
+        flow.to(start)
+        flow.shift.copy_(start)
+        flow.scale.fill_(self.init_scale)
+        self.flow = flow
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+        """Build the flow that was saved, if the model has not run yet."""
+        shift = state_dict.get(f"{prefix}flow.shift")
+        if "flow" not in self._modules and shift is not None:
+            self._build(shift)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class _ScoredOnce(Transformed):
+    """Scores its own draw by the pass that made it; lives for one run of the guide."""
+
+    drawn: tuple[Tensor, Tensor] | None = None
+
+    def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        self.drawn = self.rsample_and_log_prob(sample_shape)
+        return self.drawn[0]
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        if self.drawn is not None and value is self.drawn[0]:
+            return self.drawn[1]
+        return super().log_prob(value)

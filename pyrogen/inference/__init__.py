@@ -1,0 +1,6 @@
+"""From model and data to draws of the posterior, with a verdict on them."""
+
+from .importance import WeightedPosterior, importance
+from .reparam import AutoNoiseReparam, NoiseReparam
+
+__all__ = ["AutoNoiseReparam", "NoiseReparam", "WeightedPosterior", "importance"]

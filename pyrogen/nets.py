@@ -1,0 +1,257 @@
+"""Plain torch networks."""
+
+__all__ = ["MaskedLinear", "ResidualMLP", "conv_decoder", "conv_encoder", "masked_mlp", "mlp"]
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+
+def mlp(inputs: int, outputs: int, hidden: Sequence[int] = (64, 64)) -> nn.Sequential:
+    """Build a fully connected network with SiLU between layers.
+
+    Example:
+        >>> mlp(2, 3, hidden=(8,))(torch.zeros(5, 2)).shape
+        torch.Size([5, 3])
+    """
+    sizes = [inputs, *hidden, outputs]
+    layers: list[nn.Module] = []
+    for a, b in pairwise(sizes):
+        layers += [nn.Linear(a, b), nn.SiLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+class ResidualMLP(nn.Module):
+    r"""Fully connected residual network that knows how noisy its input is: for denoisers.
+
+    Each block normalises its input, then scales and shifts it by what it knows of the noise level
+    and the context (adaptive layer norm). The last layer starts at zero, so a preconditioned
+    denoiser starts at the best linear one.
+
+    Args:
+        features: Number of features of one datum.
+        context: Number of features to condition on; 0 for none.
+        hidden: Width.
+        blocks: Number of residual blocks, of two layers each.
+        frequencies: Number of Fourier features of the noise level; angular frequencies from 0.5
+            to 16, low because the level varies over a few units only.
+
+    Shape:
+        ``forward(x, level, context)``: ``(batch, features)``, ``(batch,)`` and
+        ``(batch, context)`` to ``(batch, features)``. The level is usually
+        :math:`\tfrac14 \log\sigma`.
+
+    References:
+        Peebles, Xie. Scalable diffusion models with transformers. ICCV 2023. arXiv:2212.09748
+
+    Example:
+        >>> net = ResidualMLP(2, context=3)
+        >>> net(torch.zeros(5, 2), torch.zeros(5), torch.zeros(5, 3)).shape
+        torch.Size([5, 2])
+    """
+
+    frequencies: Tensor
+
+    def __init__(
+        self,
+        features: int,
+        context: int = 0,
+        *,
+        hidden: int = 128,
+        blocks: int = 4,
+        frequencies: int = 16,
+    ) -> None:
+        super().__init__()
+        self.register_buffer("frequencies", torch.logspace(-1, 4, frequencies, base=2.0))
+        self.embed = nn.Sequential(
+            nn.Linear(2 * frequencies + context, hidden),
+            nn.SiLU(),
+            nn.Linear(hidden, hidden),
+            nn.SiLU(),
+        )
+        self.first = nn.Linear(features, hidden)
+        self.blocks = nn.ModuleList(_AdaptiveBlock(hidden) for _ in range(blocks))
+        self.norm = nn.LayerNorm(hidden)
+        self.last = nn.Linear(hidden, features)
+        nn.init.zeros_(self.last.weight)
+        nn.init.zeros_(self.last.bias)
+
+    def forward(self, x: Tensor, level: Tensor, context: Tensor | None = None) -> Tensor:
+        angle = level.unsqueeze(-1) * self.frequencies
+        known = [angle.cos(), angle.sin()] + ([] if context is None else [context])
+        condition = self.embed(torch.cat(known, dim=-1))
+        h = self.first(x)
+        for block in self.blocks:
+            h = block(h, condition)
+        return self.last(self.norm(h))
+
+
+class _AdaptiveBlock(nn.Module):
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(hidden, elementwise_affine=False)
+        self.modulate = nn.Linear(hidden, 2 * hidden)
+        self.inner = nn.Linear(hidden, hidden)
+        self.outer = nn.Linear(hidden, hidden)
+
+    def forward(self, h: Tensor, condition: Tensor) -> Tensor:
+        scale, shift = self.modulate(condition).chunk(2, dim=-1)
+        inner = self.inner(self.norm(h) * (1 + scale) + shift)
+        return h + self.outer(nn.functional.silu(inner))
+
+
+class _Batched(nn.Module):
+    """Apply ``net``, which takes one batch dimension, over any number of them."""
+
+    def __init__(self, net: nn.Module, event_dim: int) -> None:
+        super().__init__()
+        self.net = net
+        self.event_dim = event_dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch = x.shape[: x.ndim - self.event_dim]
+        y = self.net(x.reshape(-1, *x.shape[x.ndim - self.event_dim :]))
+        return y.reshape(*batch, *y.shape[1:])
+
+
+def _halved(image_shape: Sequence[int], times: int) -> tuple[int, int, int]:
+    channels, height, width = image_shape
+    if height % 2**times or width % 2**times:
+        raise ValueError(
+            f"{times} layers halve height and width {times} times, got an image of {height} by "
+            f"{width}. Pass fewer channels, or pad the image to multiples of {2**times}."
+        )
+    return channels, height // 2**times, width // 2**times
+
+
+def conv_encoder(
+    image_shape: Sequence[int], outputs: int, *, channels: Sequence[int] = (32, 64)
+) -> nn.Module:
+    """Build a convolutional network from images to vectors; each layer halves the image.
+
+    Args:
+        image_shape: ``(channels, height, width)``; the sizes must divide by 2 for every layer.
+        outputs: Number of outputs.
+        channels: Channels of the layers, in order.
+
+    Shape:
+        ``(*batch, channels, height, width)`` to ``(*batch, outputs)``.
+
+    Raises:
+        ValueError: If the image cannot be halved that often.
+
+    Example:
+        >>> conv_encoder((1, 8, 8), 10)(torch.zeros(3, 5, 1, 8, 8)).shape
+        torch.Size([3, 5, 10])
+    """
+    depth, height, width = _halved(image_shape, len(channels))
+    layers: list[nn.Module] = []
+    for a, b in pairwise([depth, *channels]):
+        layers += [nn.Conv2d(a, b, 3, stride=2, padding=1), nn.SiLU()]
+    layers += [nn.Flatten(), nn.Linear([depth, *channels][-1] * height * width, outputs)]
+    return _Batched(nn.Sequential(*layers), event_dim=3)
+
+
+def conv_decoder(
+    inputs: int, image_shape: Sequence[int], *, channels: Sequence[int] = (64, 32)
+) -> nn.Module:
+    """Build a convolutional network from vectors to images; each layer doubles the image.
+
+    Args:
+        inputs: Number of inputs.
+        image_shape: ``(channels, height, width)``; the sizes must divide by 2 for every layer.
+        channels: Channels of the layers, in order.
+
+    Shape:
+        ``(*batch, inputs)`` to ``(*batch, channels, height, width)``.
+
+    Raises:
+        ValueError: If the image cannot be halved that often.
+
+    Example:
+        >>> conv_decoder(10, (1, 8, 8))(torch.zeros(3, 5, 10)).shape
+        torch.Size([3, 5, 1, 8, 8])
+    """
+    depth, height, width = _halved(image_shape, len(channels))
+    first = [*channels, depth][0]
+    layers: list[nn.Module] = [nn.Linear(inputs, first * height * width)]
+    layers += [nn.Unflatten(1, (first, height, width))]
+    for a, b in pairwise([*channels, depth]):
+        layers += [nn.SiLU(), nn.ConvTranspose2d(a, b, 4, stride=2, padding=1)]
+    return _Batched(nn.Sequential(*layers), event_dim=1)
+
+
+class MaskedLinear(nn.Linear):
+    """Linear layer of which only the entries allowed by a mask act.
+
+    Args:
+        mask: What each output may see, boolean, shape ``(outputs, inputs)``.
+
+    Example:
+        >>> layer = MaskedLinear(torch.tensor([[True, False]]))
+        >>> layer(torch.tensor([0.0, 1.0])) == layer.bias
+        tensor([True])
+    """
+
+    mask: Tensor
+
+    def __init__(self, mask: Tensor) -> None:
+        super().__init__(mask.shape[1], mask.shape[0])
+        self.register_buffer("mask", mask)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight * self.mask, self.bias)
+
+
+def masked_mlp(
+    features: int,
+    outputs: int,
+    context: int = 0,
+    *,
+    order: Sequence[int] | None = None,
+    hidden: Sequence[int] = (64, 64),
+) -> nn.Sequential:
+    """Build a network whose outputs for a feature see only the features before it.
+
+    Its input is ``x`` followed by the context, shape ``(*batch, features + context)``; its
+    result has shape ``(*batch, features * outputs)``, feature by feature. Every output sees
+    all of the context.
+
+    Args:
+        features: Number of features of ``x``.
+        outputs: Number of outputs for each feature.
+        context: Number of features to condition on; 0 for none.
+        order: Rank of each feature, a permutation of ``range(features)``; ascending if None.
+        hidden: Widths of the hidden layers.
+
+    Raises:
+        ValueError: If ``order`` is not a permutation.
+
+    References:
+        Germain, Gregor, Murray, Larochelle. MADE: Masked Autoencoder for Distribution
+        Estimation. ICML 2015. arXiv:1502.03509
+
+    Example:
+        >>> net = masked_mlp(3, 2)
+        >>> jacobian = torch.autograd.functional.jacobian(net, torch.zeros(3))
+        >>> jacobian[:2].abs().sum(), jacobian[:, 2].abs().sum()  # of feature 0; by feature 2
+        (tensor(0.), tensor(0.))
+    """
+    rank = torch.arange(features) if order is None else torch.as_tensor(order)
+    if not torch.equal(rank.sort().values, torch.arange(features)):
+        raise ValueError(
+            f"masked_mlp expected order to hold each of 0, ..., {features - 1} once, got "
+            f"{rank.tolist()}. Pass a permutation such as torch.randperm(features)."
+        )
+    # A unit of degree k sees the context, and the features of rank k or less.
+    lowest = -1 if context else 0
+    degrees = max(features - 1 - lowest, 1)
+    seen = torch.cat([rank, rank.new_full((context,), -1)])
+    layers: list[nn.Module] = []
+    for width in hidden:
+        degree = lowest + torch.arange(width) * degrees // width
+        layers += [MaskedLinear(degree[:, None] >= seen), nn.SiLU()]
+        seen = degree
+    return nn.Sequential(*layers, MaskedLinear(rank.repeat_interleave(outputs)[:, None] > seen))

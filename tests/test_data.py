@@ -1,0 +1,75 @@
+"""The models' loader: formats, split, grey levels."""
+
+import gzip
+import struct
+
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_digits
+
+from models.data import digits, load
+
+
+def idx(array):
+    return struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape) + array.tobytes()
+
+
+def test_digits_are_split_once_and_for_all():
+    a, b = digits(), digits()
+    assert torch.equal(a.test, b.test)
+    assert (len(a.train), len(a.validation), len(a.test)) == (1300, 138, 359)
+    rows = torch.cat([a.train, a.validation, a.test])
+    assert rows.sum() == load_digits().data.sum()
+    assert [len(y) for y in a.labels] == [1300, 138, 359]
+
+
+def test_rounding_undoes_dequantisation():
+    data = digits()
+    x = data.dequantize(data.test)
+    assert ((x >= 0) & (x < 1)).all()
+    assert torch.equal(data.quantize(x), data.test)
+
+
+def test_a_uniform_density_costs_log2_of_the_levels():
+    data = digits()
+    assert torch.allclose(data.score(torch.zeros(3)), torch.full((3,), np.log2(17.0)).float())
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".npz", ".csv", ".idx", "-ubyte.gz"])
+def test_every_format_gives_the_same_rows(tmp_path, suffix):
+    pictures = np.random.default_rng(0).integers(0, 5, (50, 4, 3)).astype(np.uint8)
+    file = tmp_path / f"pictures{suffix}"
+    match suffix:
+        case ".npy":
+            np.save(file, pictures)
+        case ".npz":
+            np.savez(file, pictures)
+        case ".csv":
+            np.savetxt(file, pictures.reshape(50, 12), delimiter=",", header="a,b,c", comments="")
+        case ".idx":
+            file.write_bytes(idx(pictures))
+        case _:
+            file.write_bytes(gzip.compress(idx(pictures)))
+    data = load(str(file))
+    assert data.features == 12
+    rows = torch.cat([data.train, data.validation, data.test]).sort(0).values
+    assert torch.equal(rows, torch.from_numpy(pictures.reshape(50, 12)).float().sort(0).values)
+    assert data.levels == (0 if suffix == ".csv" else 5)
+    assert data.shape == ((12,) if suffix == ".csv" else (4, 3))
+
+
+def test_bad_files_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"does not exist. Pass 'digits' or a file"):
+        load(str(tmp_path / "none.npy"))
+    np.save(tmp_path / "flat.npy", np.zeros(20))
+    with pytest.raises(ValueError, match=r"shape \(20,\). Expected at least 10 rows"):
+        load(str(tmp_path / "flat.npy"))
+    nan = np.zeros((20, 2))
+    nan[3] = np.nan
+    np.save(tmp_path / "nan.npy", nan)
+    with pytest.raises(ValueError, match=r"holds NaN or infinite values"):
+        load(str(tmp_path / "nan.npy"))
+    (tmp_path / "words").write_bytes(b"not an array at all")
+    with pytest.raises(ValueError, match=r"is not an IDX file"):
+        load(str(tmp_path / "words"))
