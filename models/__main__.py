@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import arviz
 import pyro
 import torch
 from pyro.infer.reparam.reparam import Reparam
@@ -24,7 +25,8 @@ from models.demo.judge import HEADER, Mixture, Row, judge
 from models.demo.report import Report
 from pyrogen import plots
 from pyrogen.evaluation import Evidence
-from pyrogen.inference import NoiseReparam
+from pyrogen.export import to_arviz
+from pyrogen.inference import NoiseReparam, importance
 from pyrogen.training import History
 
 SHOWN = 8  # completed pictures
@@ -54,13 +56,13 @@ class Law:
     reparam: Reparam | None = None  # opens its site for NUTS; None where the density is used
 
 
+def scaled(config: Any, scale: float) -> Any:
+    return replace(config, steps=max(2, int(scale * config.steps)))
+
+
 def learn(data: Data, scale: float) -> list[Law]:
     """Train one law of each family."""
-
-    def scaled(config: Any) -> Any:
-        return replace(config, steps=max(2, int(scale * config.steps)))
-
-    c = scaled(vae.Config())
+    c = scaled(vae.Config(), scale)
     latent, guide, history = vae.fit(c, data)
     laws = [
         Law(
@@ -72,7 +74,7 @@ def learn(data: Data, scale: float) -> list[Law]:
             reparam=NoiseReparam(),
         )
     ]
-    flow, history = nsf.fit(scaled(nsf.Config()), data)
+    flow, history = nsf.fit(scaled(nsf.Config(), scale), data)
     laws.append(
         Law(
             "flow",
@@ -82,9 +84,9 @@ def learn(data: Data, scale: float) -> list[Law]:
             representation=lambda x: flow().to_noise(x),
         )
     )
-    generator, history = gan.fit(scaled(gan.Config()), data)
+    generator, history = gan.fit(scaled(gan.Config(), scale), data)
     laws.append(Law("GAN", generator, history, reparam=NoiseReparam()))
-    score, history = diffusion.fit(scaled(diffusion.Config()), data)
+    score, history = diffusion.fit(scaled(diffusion.Config(), scale), data)
     laws.append(
         Law(
             "diffusion",
@@ -138,6 +140,24 @@ def conditioned(laws: list[Law], x: Tensor, scale: float) -> dict[str, Completio
     return {law.name: complete(law.module(), y, reparam=law.reparam, **budget) for law in laws}
 
 
+def schools(scale: float) -> str:
+    """Infer the eight schools and say how far the answer can be trusted."""
+    c = scaled(eight_schools.Config(), scale)
+    model, guide = eight_schools.fit(c)
+    posterior = importance(model, guide, draws=c.draws)
+    exact = eight_schools.EightSchools().log_evidence()
+    error = posterior.log_evidence_error
+    return "\n".join(
+        [
+            str(arviz.summary(to_arviz(posterior, model), kind="stats", round_to=2)),
+            "",
+            f"Pareto k {posterior.khat:.2f}, reliable below {posterior.threshold:.2f}; "
+            f"effective sample size {posterior.ess:.0f} of {c.draws}",
+            f"log evidence {posterior.log_evidence:.3f} ± {error:.3f}, exactly {exact:.5f}",
+        ]
+    )
+
+
 def main(c: Config) -> list[Row]:
     start = time.perf_counter()
     pyro.set_rng_seed(c.seed)
@@ -179,10 +199,10 @@ def main(c: Config) -> list[Row]:
     report.figure("completions", completions_figure(completions, x, data))
 
     print("4. Infer: eight schools, by a learned flow corrected by importance sampling")
-    schools = eight_schools.summary(eight_schools.Config(), scale=c.scale)
-    print(schools)
+    found = schools(c.scale)
+    print(found)
     report.section("Eight schools", *SCHOOLS)
-    report.text(schools)
+    report.text(found)
 
     seconds = time.perf_counter() - start
     path = report.write(

@@ -10,34 +10,44 @@ from dataclasses import dataclass
 
 import pyro
 import torch
-from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch.distributions import LogNormal
+from torch.optim.lr_scheduler import OneCycleLR
 
 from models import density
 from models.command_line import parse
 from models.data import Data, load
-from pyrogen.distributions import Diffusion
+from pyrogen.distributions import Diffusion, Hutchinson
 from pyrogen.evaluation import Evidence, Kind
 from pyrogen.nets import ResidualMLP
 from pyrogen.objectives import DenoisingScore
 from pyrogen.training import History, Trainer
 
-TARGET = 2.5  # bits per pixel of held-out digits, by the probability-flow ODE
+TARGET = 2.4  # bits per pixel of held-out digits, by the probability-flow ODE
 
 
 @dataclass(frozen=True)
 class Config(density.Config):
-    steps: int = 4000
+    steps: int = 2500
     batch: int = 256
+    lr: float = 2e-3  # at the top of a cycle
+    weight_decay: float = 0.1
     hidden: int = 256
-    blocks: int = 3
+    blocks: int = 2
+    dropout: float = 0.15
 
 
 def fit(c: Config, data: Data) -> tuple[Diffusion, History]:
-    net = ResidualMLP(data.features, hidden=c.hidden, blocks=c.blocks)
-    diffusion = Diffusion(net, (data.features,)).standardize(data.dequantize(data.train))
-    objective = DenoisingScore(diffusion)
-    optimizer = torch.optim.AdamW(diffusion.parameters(), c.lr, weight_decay=c.weight_decay)
-    schedule = CosineAnnealingLR(optimizer, c.steps)
+    net = ResidualMLP(data.features, hidden=c.hidden, blocks=c.blocks, dropout=c.dropout)
+    diffusion = Diffusion(net, (data.features,), trace=Hutchinson(4), steps=32)
+    diffusion.standardize(data.dequantize(data.train))
+    noise = LogNormal(-1.2, 1.5)  # wide: dequantised pixels have sharp edges
+    objective = DenoisingScore(diffusion, noise=noise)
+    optimizer = torch.optim.AdamW(
+        diffusion.parameters(), c.lr, betas=(0.9, 0.99), weight_decay=c.weight_decay, fused=True
+    )
+    schedule = OneCycleLR(
+        optimizer, c.lr, total_steps=c.steps + 1, pct_start=0.04, cycle_momentum=False
+    )
     trainer = Trainer(objective, optimizer, clip=1.0, schedule=schedule, average=0.999)
     return diffusion, trainer.fit(data.batches(c.batch), steps=c.steps)
 
@@ -45,6 +55,7 @@ def fit(c: Config, data: Data) -> tuple[Diffusion, History]:
 @torch.no_grad()
 def held_out(diffusion: Diffusion, data: Data) -> Evidence:
     """Score the test rows by the probability-flow ODE."""
+    diffusion.eval()
     log_prob, _ = diffusion().log_prob_and_error(data.dequantize(data.test))
     return Evidence(log_prob, Kind.ODE)
 

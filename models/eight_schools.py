@@ -43,7 +43,7 @@ def fit(c: Config) -> tuple[Callable[[], None], AutoFlow]:
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, c.steps, eta_min=c.lr / 50)
     trainer = Trainer(elbo(model, guide), optimizer, clip=10.0, schedule=decay)
     with pyro.validation_enabled(False):  # noqa: FBT003  # a third of the time of such small steps
-        trainer.fit([()], steps=c.steps, progress=False)
+        trainer.fit([()], steps=c.steps)
     return model, guide
 
 

@@ -113,7 +113,7 @@ def check_varied(x: Tensor, *, owner: str) -> None:
             ...
         ValueError: Flow expected features that vary, got 1 constant (first: 0). Drop them, or ...
     """
-    constant = (x == x[:1]).flatten(1).all(0)
+    constant = (x == x[:1]).reshape(len(x), -1).all(0)
     if constant.any():
         first = int(torch.nonzero(constant)[0])
         raise ValueError(

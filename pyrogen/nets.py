@@ -37,6 +37,8 @@ class ResidualMLP(nn.Module):
         blocks: Number of residual blocks, of two layers each.
         frequencies: Number of Fourier features of the noise level; angular frequencies from 0.5
             to 16, low because the level varies over a few units only.
+        dropout: Probability of dropping a hidden unit in training, for small data. Call
+            ``.eval()`` before a density or a draw.
 
     Shape:
         ``forward(x, level, context)``: ``(batch, features)``, ``(batch,)`` and
@@ -62,6 +64,7 @@ class ResidualMLP(nn.Module):
         hidden: int = 128,
         blocks: int = 4,
         frequencies: int = 16,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.register_buffer("frequencies", torch.logspace(-1, 4, frequencies, base=2.0))
@@ -72,7 +75,7 @@ class ResidualMLP(nn.Module):
             nn.SiLU(),
         )
         self.first = nn.Linear(features, hidden)
-        self.blocks = nn.ModuleList(_AdaptiveBlock(hidden) for _ in range(blocks))
+        self.blocks = nn.ModuleList(_AdaptiveBlock(hidden, dropout) for _ in range(blocks))
         self.norm = nn.LayerNorm(hidden)
         self.last = nn.Linear(hidden, features)
         nn.init.zeros_(self.last.weight)
@@ -89,17 +92,18 @@ class ResidualMLP(nn.Module):
 
 
 class _AdaptiveBlock(nn.Module):
-    def __init__(self, hidden: int) -> None:
+    def __init__(self, hidden: int, dropout: float) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(hidden, elementwise_affine=False)
         self.modulate = nn.Linear(hidden, 2 * hidden)
         self.inner = nn.Linear(hidden, hidden)
+        self.dropout = nn.Dropout(dropout)
         self.outer = nn.Linear(hidden, hidden)
 
     def forward(self, h: Tensor, condition: Tensor) -> Tensor:
         scale, shift = self.modulate(condition).chunk(2, dim=-1)
         inner = self.inner(self.norm(h) * (1 + scale) + shift)
-        return h + self.outer(nn.functional.silu(inner))
+        return h + self.outer(self.dropout(nn.functional.silu(inner)))
 
 
 class _Batched(nn.Module):

@@ -277,14 +277,16 @@ class EightSchools:
 def eight_gaussians(n: int) -> Tensor:
     r"""Draw ``n`` points of eight round Gaussians on a circle, shape ``(n, 2)``.
 
-    Radius :math:`4/\sqrt2`, standard deviation :math:`0.5/\sqrt2`; the density is that of
-    ``GaussianMixture.ring``. Entropy 2.833 nats: no density has a lower expected loss.
+    Radius :math:`4/\sqrt2`, standard deviation :math:`0.5/\sqrt2`; its density is that of
+    :meth:`GaussianMixture.ring`. Entropy 2.833 nats: no density has a lower expected loss.
 
     Example:
         >>> eight_gaussians(3).shape
         torch.Size([3, 2])
     """
-    return GaussianMixture.ring(8, radius=4 / math.sqrt(2), std=0.5 / math.sqrt(2)).sample((n,))
+    angle = 2 * torch.pi * torch.randint(8, (n,)) / 8
+    center = 4 * torch.stack([angle.cos(), angle.sin()], dim=-1)
+    return (center + 0.5 * torch.randn(n, 2)) / math.sqrt(2)
 
 
 def checkerboard(n: int) -> Tensor:

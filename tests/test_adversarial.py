@@ -86,6 +86,20 @@ def test_the_modules_evaluate_their_game(game):
     )
 
 
+def test_a_game_sees_one_logit_for_each_datum():
+    class Spy(Relativistic):
+        def critic(self, real, fake):
+            assert real.shape == fake.shape == (8,)
+            return super().critic(real, fake)
+
+        def generator(self, real, fake):
+            assert real.shape == fake.shape == (8,)
+            return super().generator(real, fake)
+
+    for loss in (GeneratorLoss, CriticLoss):
+        loss(*players(), game=Spy())(torch.randn(8, 2))  # the critic returns (8, 1)
+
+
 # Optimal critics, on three points where everything is a sum
 
 

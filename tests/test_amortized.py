@@ -356,3 +356,13 @@ def test_constant_bounds_are_those_of_one_datum():
     assert draws.shape == (500, 3)
     assert draws.min() == pytest.approx(1.0, abs=0.01)
     assert draws.max() == pytest.approx(4.0, abs=0.01)
+
+
+def test_bounds_repeated_for_every_datum_do_not_fix_the_batch_size():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Uniform(torch.ones(len(x)), torch.full((len(x),), 4.0)))
+
+    guide = Amortized(model, nn.Linear(1, 2)).setup(DATA)
+    assert guide(DATA[:2])["z"].shape == (2,)
+    assert StickingTheLanding().loss(model, guide, DATA[:4]) != 0

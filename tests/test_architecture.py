@@ -9,7 +9,8 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "pyrogen"
 LAYERS = [
-    {"inputs", "nets", "paths", "divergences"},
+    {"inputs"},
+    {"nets", "paths", "divergences"},
     {"transforms"},
     {"distributions", "targets"},
     {"guides", "objectives"},

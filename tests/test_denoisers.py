@@ -95,3 +95,11 @@ def test_residual_network_starts_at_zero_and_hears_its_level():
 def test_images_that_cannot_be_halved_are_refused(build):
     with pytest.raises(ValueError, match=r"2 layers halve.*6 by 8.*multiples of 4"):
         build((1, 6, 8))
+
+
+def test_dropout_is_for_training_only():
+    net = ResidualMLP(2, dropout=0.5)
+    nn.init.normal_(net.last.weight)
+    x, level = torch.randn(4, 2), torch.zeros(4)
+    assert not torch.equal(net(x, level), net(x, level))
+    assert torch.equal(net.eval()(x, level), net(x, level))

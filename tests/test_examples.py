@@ -41,3 +41,23 @@ def test_model_reaches_its_target(model):
 def test_tutorial_runs(path, monkeypatch):
     monkeypatch.setenv("PYROGEN_SMOKE", "1")
     runpy.run_path(str(path))
+
+
+def test_demo_writes_its_report(tmp_path, capsys):
+    demo = importlib.import_module("models.__main__")
+    demo.main(demo.Config(out=str(tmp_path), scale=0.001))
+    page = (tmp_path / "report.html").read_text()
+    assert "Eight schools" in page
+    assert "http" not in page  # it needs nothing beside it
+    assert {p.stem for p in tmp_path.glob("*.png")} == {"completions", "draws", "losses", "table"}
+    assert "log evidence" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_demo_finds_what_the_readme_says(tmp_path):
+    demo = importlib.import_module("models.__main__")
+    rows = {row.law: row for row in demo.main(demo.Config(out=str(tmp_path)))}
+    assert rows["flow"].bits <= 2.17
+    assert rows["diffusion"].bits < rows["Gaussian mixture"].bits
+    for name in ("VAE", "flow", "GAN", "diffusion"):
+        assert rows[name].classifier.accuracy < rows["Gaussian"].classifier.accuracy

@@ -101,18 +101,18 @@ def test_draws_follow_the_density(recipe):
     """E[q/p] = 1 under p for any law q: a wrong density or a wrong draw shows."""
     flow = awake(recipe(2).double())
     with torch.no_grad():
-        x = flow().sample((20_000,))
+        x = flow().sample((5_000,))
         q = dist.Normal(x.mean(0), 0.5 * x.std(0)).to_event(1)
         ratio = (q.log_prob(x) - flow().log_prob(x)).exp()
     error = ratio.std() / len(x) ** 0.5
     assert abs(ratio.mean() - 1) < 4.5 * error  # fails once in 1e5
-    assert error < 0.1
+    assert error < 0.2
 
 
 @pytest.mark.parametrize(("dtype", "nats"), [(torch.float32, 1e-4), (torch.float64, 1e-10)])
 def test_draw_and_score_agree(recipe, dtype, nats):
     for flow in (recipe(6).to(dtype), awake(recipe(6)).to(dtype)):
-        x, log_prob = flow().rsample_and_log_prob((500,))
+        x, log_prob = flow().rsample_and_log_prob((100,))
         assert x.dtype == log_prob.dtype == dtype
         assert (flow().log_prob(x) - log_prob).abs().max() <= nats
 
@@ -124,7 +124,7 @@ def test_draw_and_score_agree_at_ten_times_the_outputs(recipe):
         for layer in flow.layers:
             if hasattr(layer, "net"):
                 layer.net[-1].weight.mul_(10)
-    x, log_prob = flow().rsample_and_log_prob((500,))
+    x, log_prob = flow().rsample_and_log_prob((100,))
     assert (flow().log_prob(x) - log_prob).abs().max() <= 1e-6
 
 
@@ -316,11 +316,10 @@ def test_nuts_samples_an_affine_flow_prior(caplog):
     assert z.var().item() == pytest.approx(0.8, abs=0.45)
 
 
-@pytest.mark.parametrize("recipe", [realnvp, nsf], ids=["realnvp", "nsf"])
-def test_flow_guide_reaches_the_evidence(recipe):
+def test_flow_guide_reaches_the_evidence():
     target = LinearGaussian(torch.tensor([[1.0, 1.0], [0.0, 1.0]]), noise=0.5)
     x = torch.tensor([1.0, -0.5])
-    flow = recipe(2, layers=2, hidden=(16,))
+    flow = realnvp(2, layers=2, hidden=(16,))
 
     def guide(x):
         pyro.module("flow", flow)
@@ -409,7 +408,11 @@ def test_validation_is_the_callers_choice():
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # torch's own, while it compiles
 @pytest.mark.parametrize("context", [0, 3])
-def test_log_prob_is_one_graph(recipe, context):
+def test_log_prob_is_one_graph(recipe, context, monkeypatch):
+    validation = torch.distributions.Distribution._validate_args
+    monkeypatch.setattr(  # tracing switches it off for good
+        torch.distributions.Distribution, "_validate_args", validation
+    )
     flow = awake(recipe(4, context))
     c = torch.randn(8, 3) if context else None
     compiled = torch.compile(lambda x: flow(c).log_prob(x), fullgraph=True, backend="eager")
@@ -426,7 +429,7 @@ def test_log_prob_is_one_graph(recipe, context):
 def test_loss_approaches_the_entropy_and_never_passes_it(target, floor, above):
     flow = nsf(2).standardize(target(10_000))
     optimizer = torch.optim.Adam(flow.parameters(), 5e-3)
-    steps = 1500
+    steps = 600
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(steps):
         optimizer.zero_grad()

@@ -216,6 +216,13 @@ def test_log_prob_is_refused():
             ValueError,
             "outside or at its edge",
         ),
+        (
+            lambda g: Generator(
+                nn.Linear(1, 2), 1, (2,), support=constraints.unit_interval
+            ).standardize(torch.tensor([[0.5, 0.0], [0.1, 0.2]])),
+            ValueError,
+            "outside or at its edge",
+        ),
     ],
 )
 def test_bad_input_is_refused(call, error, match):

@@ -254,6 +254,14 @@ def test_wrappers_keep_shapes_and_densities(prior, wrapper):
             assert site["log_prob_sum"].item() == pytest.approx(expected.item(), rel=1e-4)
 
 
+@pytest.mark.parametrize("prior", PRIORS)
+def test_expansion_without_a_plate_draws_each_element(prior):
+    d = dist.ExpandedDistribution(PRIORS[prior]().expand((5,)), (4, 5))
+    x = opened(lambda: pyro.sample("x", d))()
+    assert x.shape == (4, 5, 3)
+    assert (x[0] != x[1]).all()
+
+
 def test_plates_scale_the_noise_with_the_data():
     def model():
         with pyro.plate("n", 10, subsample_size=2):
@@ -338,6 +346,12 @@ def test_observed_generator_is_refused():
     prior = PRIORS["generator"]()
     with pytest.raises(NotImplementedError, match=r"'x' is observed, but Pushforward.*noisy copy"):
         opened(lambda: pyro.sample("x", prior, obs=Y))()
+
+
+def test_strategy_refuses_an_observed_generator_at_once():
+    prior = PRIORS["generator"]()
+    with pytest.raises(NotImplementedError, match="noisy copy"):
+        AutoNoiseReparam()(lambda: pyro.sample("x", prior, obs=Y))()
 
 
 def test_site_without_noise_is_refused():

@@ -72,6 +72,10 @@ class Transformed(dist.TransformedDistribution):
         """Value that ``noise`` is carried to: deterministic, differentiable, one to one."""
         return self.bijection(noise)
 
+    def to_noise(self, value: Tensor) -> Tensor:
+        """Noise behind ``value``: the inverse of :meth:`from_noise`."""
+        return self.bijection.inverse_and_ladj(value)[0]
+
     def log_prob(self, value: Tensor) -> Tensor:
         """Log-density of ``value`` in nats, shape ``(*sample, *batch)``; one pass."""
         if not value.dtype.is_floating_point:

@@ -185,7 +185,11 @@ class Generator(nn.Module):
         x = x.reshape(-1, *self.event_shape)
         check_varied(x, owner="Generator")
         free = transform_to(self.support).inv(x)
-        if not self.support.check(x).all() or not free.isfinite().all():
+        inside = self.support.check(x).all() and free.isfinite().all()
+        if isinstance(self.support, (constraints.interval, constraints.half_open_interval)):
+            # torch's inverse clamps at the edges: a finite number, but a scale of its own.
+            inside = (x > self.support.lower_bound).all() and (x < self.support.upper_bound).all()
+        if not inside:
             raise ValueError(
                 f"Generator expected data inside {self.support}, got some outside or at its edge. "
                 "Move them inside, for instance by adding uniform noise, or change the support."

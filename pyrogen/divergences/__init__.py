@@ -1,6 +1,6 @@
 """From two sets of draws to a number, differentiable."""
 
-from pyrogen.divergences.ipm import (
+from .ipm import (
     Distance,
     Gaussian,
     InverseMultiquadric,
@@ -13,7 +13,7 @@ from pyrogen.divergences.ipm import (
     mmd,
     mmd_v,
 )
-from pyrogen.divergences.transport import sliced_wasserstein, wasserstein_1d
+from .transport import sliced_wasserstein, wasserstein_1d
 
 __all__ = [
     "Distance",

@@ -19,7 +19,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from pyrogen.inputs import check_batch
+from ..inputs import check_batch
 
 BLOCK = 2**24  # kernel entries held at once: 64 MB in float32
 

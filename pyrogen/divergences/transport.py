@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from pyrogen.divergences.ipm import two_sets
-from pyrogen.inputs import check_batch
+from ..inputs import check_batch
+from .ipm import two_sets
 
 BLOCK = 2**24  # projected values held at once: 64 MB in float32
 

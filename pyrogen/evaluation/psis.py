@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from pyrogen.inputs import check_batch
+from ..inputs import check_batch
 
 ROWS = 256  # rows fitted at once
 SMALLEST = math.log(torch.finfo(torch.float64).tiny)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from pyrogen.evaluation.two_sample import wilson_interval
-from pyrogen.inputs import check_batch
+from ..inputs import check_batch
+from .two_sample import wilson_interval
 
 PENALTIES = (
     1e-4,

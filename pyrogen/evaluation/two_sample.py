@@ -10,7 +10,7 @@ from statistics import NormalDist
 import torch
 from torch import Tensor
 
-from pyrogen.divergences.ipm import Gaussian, Kernel, Laplace, two_sets
+from ..divergences.ipm import Gaussian, Kernel, Laplace, two_sets
 
 RIDGE = 0.3  # noise variance of the classifier, next to a kernel of height 1
 ROUNDING = 1e-9  # statistics this close are ties, which count against rejection

@@ -136,7 +136,7 @@ def _sample(name: str, fn: Any) -> Tensor:
 
 
 class AutoNoiseReparam(Strategy):
-    """Apply :class:`NoiseReparam` to every latent site of a pyrogen distribution.
+    """Apply :class:`NoiseReparam` to every site of a distribution with noise behind it.
 
     Example:
         >>> from pyrogen.distributions import Marginal
@@ -150,6 +150,6 @@ class AutoNoiseReparam(Strategy):
 
     def configure(self, msg: dict) -> Reparam | None:
         base, _ = _unwrap(msg["fn"])
-        if isinstance(base, Marginal) or (not msg["is_observed"] and isinstance(base, HasNoise)):
+        if isinstance(base, Marginal | HasNoise):
             return NoiseReparam()
         return None

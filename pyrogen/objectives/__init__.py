@@ -1,4 +1,4 @@
-"""objectives."""
+"""Losses to minimise: modules from a batch to a scalar, in nats, averaged over the batch."""
 
 from .adversarial import (
     CriticLoss,
