@@ -54,7 +54,12 @@ class Data:
         return (x * self.levels).floor().clamp(0, self.levels - 1) if self.levels else x
 
     def batches(self, batch: int) -> Batches:
-        return Batches(self.train, batch_size=batch, transform=self.dequantize)
+        return Batches(
+            self.train,
+            batch_size=batch,
+            transform=self.dequantize,
+            drop_last=len(self.train) > batch,
+        )
 
     def score(self, log_prob: Tensor) -> Tensor:
         """Cost of each datum: bits per pixel for grey levels, nats for real numbers."""

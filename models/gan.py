@@ -7,6 +7,7 @@ arXiv:2501.05441
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import pyro
 import torch
@@ -18,9 +19,11 @@ from models.command_line import parse
 from models.data import Data, load
 from pyrogen.distributions import Generator
 from pyrogen.evaluation import classifier_test
-from pyrogen.nets import mlp
+from pyrogen.nets import Standardized, mlp
 from pyrogen.objectives import CriticLoss, GeneratorLoss, ZeroCentred
 from pyrogen.training import AdversarialTrainer, History, Trainer
+
+leaky = partial(mlp, activation=partial(nn.LeakyReLU, 0.2))
 
 TARGET = 0.75  # accuracy of a classifier that tells draws from held-out digits
 
@@ -54,20 +57,8 @@ class GreyLevels(nn.Module):
         return (grey + ndtr(noise)) / self.levels
 
 
-class Shifted(nn.Sequential):
-    """A critic of rows of whatever units: it sees (x - shift) / scale."""
-
-    def __init__(self, net: nn.Module, shift: Tensor, scale: Tensor) -> None:
-        super().__init__(net)
-        self.register_buffer("shift", shift)
-        self.register_buffer("scale", scale)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward((x - self.shift) / self.scale)
-
-
 def build(c: Config, data: Data) -> tuple[Generator, nn.Module]:
-    picture = mlp(c.latents, data.features, c.hidden)
+    picture = leaky(c.latents, data.features, c.hidden)
     if data.levels:
         nn.init.constant_(picture[-1].bias, 0.3)  # within (0, 1), where the gradient is
         pixels = GreyLevels(picture, c.latents, data.levels)
@@ -75,8 +66,8 @@ def build(c: Config, data: Data) -> tuple[Generator, nn.Module]:
         shift, scale = torch.tensor(0.5), torch.tensor(1.0)
     else:
         generator = Generator(picture, c.latents, (data.features,)).standardize(data.train)
-        shift, scale = generator.shift.clone(), generator.scale.clone()
-    return generator, Shifted(mlp(data.features, 1, c.hidden), shift, scale)
+        shift, scale = generator.shift, generator.scale
+    return generator, Standardized(leaky(data.features, 1, c.hidden), shift, scale)
 
 
 def fit(c: Config, data: Data) -> tuple[Generator, History]:

@@ -23,7 +23,8 @@ TARGET = 2.05  # bits per pixel of held-out digits
 class Config(density.Config):
     steps: int = 800
     layers: int = 4
-    hidden: tuple[int, ...] = (128, 128)
+    lr: float = 2e-3  # at the start of a cosine
+    hidden: tuple[int, ...] = (64, 64)
     bins: int = 8  # of each spline
 
 

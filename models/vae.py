@@ -18,7 +18,7 @@ from models.data import Data, load
 from pyrogen.distributions import HeteroscedasticGaussian, LatentVariable
 from pyrogen.evaluation import Evidence, log_evidence
 from pyrogen.guides import Amortized
-from pyrogen.nets import mlp
+from pyrogen.nets import Standardized, mlp
 from pyrogen.training import History, Trainer
 
 TARGET = 2.45  # bits per pixel of held-out digits, an upper bound
@@ -34,14 +34,15 @@ class Config(density.Config):
 
 
 def fit(c: Config, data: Data) -> tuple[LatentVariable, Amortized, History]:
+    likelihood = HeteroscedasticGaussian((data.features,))
     vae = LatentVariable(
         mlp(c.latents, 2 * data.features, c.hidden),
         c.latents,
         event_shape=(data.features,),
-        likelihood=HeteroscedasticGaussian((data.features,)),
+        likelihood=likelihood,
     ).standardize(data.dequantize(data.train))
     encoder = mlp(data.features, 2 * c.latents, c.hidden)
-    guide = Amortized(vae.model, encoder)
+    guide = Amortized(vae.model, Standardized(encoder, likelihood.shift, likelihood.scale))
 
     elbo = Trace_ELBO()(vae.model, guide)
     optimizer = torch.optim.AdamW(elbo.parameters(), c.lr, weight_decay=c.weight_decay)

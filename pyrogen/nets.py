@@ -1,16 +1,71 @@
 """Plain torch networks."""
 
-__all__ = ["MaskedLinear", "ResidualMLP", "conv_decoder", "conv_encoder", "masked_mlp", "mlp"]
+__all__ = [
+    "MaskedLinear",
+    "ResidualMLP",
+    "Standardized",
+    "conv_decoder",
+    "conv_encoder",
+    "masked_mlp",
+    "mlp",
+]
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
 
-def mlp(inputs: int, outputs: int, hidden: Sequence[int] = (64, 64)) -> nn.Sequential:
-    """Build a fully connected network with SiLU between layers.
+class Standardized(nn.Module):
+    r"""A network that sees data in standard units: :math:`\text{net}((x - a) / b)`.
+
+    Args:
+        net: Network to feed.
+        shift: What to subtract, of the shape of a datum or less.
+        scale: What to divide by, likewise.
+
+    Raises:
+        ValueError: If the scale is not positive.
+
+    Example:
+        >>> net = Standardized(nn.Identity(), torch.tensor([1.0, 2.0]), torch.tensor(2.0))
+        >>> net(torch.tensor([[3.0, 4.0]]))
+        tensor([[1., 1.]])
+    """
+
+    shift: Tensor
+    scale: Tensor
+
+    def __init__(self, net: nn.Module, shift: Tensor, scale: Tensor) -> None:
+        super().__init__()
+        if not (scale > 0).all():
+            raise ValueError(
+                f"Standardized expected a positive scale, got {scale.min().item()}. Drop constant "
+                "features, or floor their scale."
+            )
+        self.net = net
+        self.register_buffer("shift", shift.clone())
+        self.register_buffer("scale", scale.clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net((x - self.shift) / self.scale)
+
+
+def mlp(
+    inputs: int,
+    outputs: int,
+    hidden: Sequence[int] = (64, 64),
+    *,
+    activation: Callable[[], nn.Module] = nn.SiLU,
+) -> nn.Sequential:
+    """Build a fully connected network.
+
+    Args:
+        inputs: Number of inputs.
+        outputs: Number of outputs.
+        hidden: Widths of the hidden layers.
+        activation: Makes the nonlinearity between layers.
 
     Example:
         >>> mlp(2, 3, hidden=(8,))(torch.zeros(5, 2)).shape
@@ -19,7 +74,7 @@ def mlp(inputs: int, outputs: int, hidden: Sequence[int] = (64, 64)) -> nn.Seque
     sizes = [inputs, *hidden, outputs]
     layers: list[nn.Module] = []
     for a, b in pairwise(sizes):
-        layers += [nn.Linear(a, b), nn.SiLU()]
+        layers += [nn.Linear(a, b), activation()]
     return nn.Sequential(*layers[:-1])
 
 

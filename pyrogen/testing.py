@@ -54,6 +54,7 @@ def can_be_masked(d: TorchDistribution) -> None:
 
 
 def draws_lie_in_the_support(d: TorchDistribution) -> None:
+    assert d.support is not None
     assert d.support.event_dim == d.event_dim
     assert d.support.check(d.sample((20,))).all()
 

@@ -2,23 +2,20 @@
 
 import copy
 import io
-import logging
 import math
 
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pyro.infer import MCMC, NUTS, SVI, Predictive, Trace_ELBO
-from pyro.infer.autoguide import AutoNormal
 from torch import nn
 from torch.distributions import constraints
 from torch.distributions import transforms as tt
 
 from pyrogen.distributions import Flow, Transformed, maf, nsf, realnvp
 from pyrogen.nets import MaskedLinear
-from pyrogen.targets import LinearGaussian, checkerboard, eight_gaussians
-from pyrogen.transforms import Elementwise, RationalQuadratic
+from pyrogen.targets import checkerboard, eight_gaussians
+from pyrogen.transforms import Elementwise, LULinear, RationalQuadratic
 
 SMALL = {"layers": 2, "hidden": (16,)}
 RECIPES = {
@@ -196,6 +193,21 @@ def test_untrained_flow_learns_at_once(recipe):
     assert last.weight.grad.abs().sum() > 0
 
 
+def test_every_feature_moves_every_other(recipe):
+    flow = awake(recipe(5, layers=6).double())
+    dense = torch.autograd.functional.jacobian(flow().bijection, torch.randn(5).double())
+    assert (dense != 0).all()
+
+
+def test_every_feature_is_moved_by_a_network(recipe):
+    flow = recipe(5).double()
+    for name, p in flow.named_parameters():
+        if ".net." in name:
+            nn.init.normal_(p)
+    moved = torch.autograd.functional.jacobian(flow().bijection, torch.randn(5).double())
+    assert (moved.diag() != 1).all()
+
+
 # A distribution of Pyro
 
 
@@ -208,6 +220,12 @@ def test_context_sets_the_batch_shape(recipe):
     x = torch.randn(4, 7, 2)
     assert torch.allclose(p.log_prob(x)[2, 3], flow(context[2, 0]).log_prob(x[2, 3]), atol=1e-5)
     assert not torch.allclose(p.log_prob(x)[0], p.log_prob(x[:1])[1], atol=1e-3)
+
+
+def test_context_sets_the_batch_shape_even_where_no_layer_reads_it():
+    p = Flow(2, [LULinear(2)], 3)(torch.zeros(4, 3))
+    assert p.batch_shape == p.noise.batch_shape == (4,)
+    assert p.sample().unique(dim=0).shape == (4, 2)
 
 
 def test_expand_keeps_the_law(recipe):
@@ -264,73 +282,6 @@ def test_state_survives_a_file_and_a_copy(recipe):
     for twin in (other, copy.deepcopy(flow)):
         assert torch.equal(twin().log_prob(x), flow().log_prob(x))
     assert torch.equal(copy.deepcopy(flow()).log_prob(x), flow().log_prob(x))
-
-
-# Inference
-
-
-@pytest.fixture
-def prior_model(recipe, support):
-    flow = awake(recipe(2, support=support)).requires_grad_(False)
-
-    def model():
-        z = pyro.sample("z", flow())
-        pyro.sample("y", dist.Normal(z.sum(-1), 1.0), obs=torch.tensor(1.0))
-
-    return model, flow().support
-
-
-def test_flow_is_a_prior_everywhere(prior_model, caplog):
-    caplog.set_level(logging.ERROR)
-    model, support = prior_model
-    guide = AutoNormal(model)
-    elbo = Trace_ELBO(num_particles=3, vectorize_particles=True, max_plate_nesting=0)
-    SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), elbo).step()
-    for parallel in (True, False):
-        draws = Predictive(model, guide=guide, num_samples=4, parallel=parallel)()
-        assert draws["z"].shape[0] == 4
-        draws = Predictive(model, num_samples=4, parallel=parallel)()
-        assert support.check(draws["z"]).all()
-    kernel = NUTS(model, max_tree_depth=2, jit_compile=False)
-    mcmc = MCMC(kernel, num_samples=2, warmup_steps=2, disable_progbar=True)
-    mcmc.run()
-    assert support.check(mcmc.get_samples()["z"]).all()
-
-
-def test_nuts_samples_an_affine_flow_prior(caplog):
-    """z1 ~ N(3, 2^2) through a flow, y = 5 seen with noise 1: posterior N(4.6, 0.8)."""
-    caplog.set_level(logging.ERROR)
-    flow = maf(1, layers=2)
-    flow.shift.fill_(3.0)
-    flow.scale.fill_(2.0)
-    flow.requires_grad_(False)
-
-    def model():
-        z = pyro.sample("z", flow())
-        pyro.sample("y", dist.Normal(z, 1.0).to_event(1), obs=torch.tensor([5.0]))
-
-    mcmc = MCMC(NUTS(model), num_samples=200, warmup_steps=50, disable_progbar=True)
-    mcmc.run()
-    z = mcmc.get_samples()["z"]
-    assert z.mean().item() == pytest.approx(4.6, abs=0.36)  # 4 standard errors at ESS 100
-    assert z.var().item() == pytest.approx(0.8, abs=0.45)
-
-
-def test_flow_guide_reaches_the_evidence():
-    target = LinearGaussian(torch.tensor([[1.0, 1.0], [0.0, 1.0]]), noise=0.5)
-    x = torch.tensor([1.0, -0.5])
-    flow = realnvp(2, layers=2, hidden=(16,))
-
-    def guide(x):
-        pyro.module("flow", flow)
-        pyro.sample("z", flow())
-
-    elbo = Trace_ELBO(num_particles=32, vectorize_particles=True, max_plate_nesting=0)
-    svi = SVI(target, guide, pyro.optim.Adam({"lr": 0.02}), elbo)
-    for _ in range(200):
-        svi.step(x)
-    bound = sum(-svi.evaluate_loss(x) for _ in range(20)) / 20
-    assert bound == pytest.approx(target.log_evidence(x).item(), abs=0.05)
 
 
 # Standardizing

@@ -83,7 +83,7 @@ class Transformed(dist.TransformedDistribution):
                 f"A flow is a density and expected floating-point values, got {value.dtype}. "
                 "Convert them by x.float(); for counts, add uniform noise in [0, 1) first."
             )
-        if self._validate_args:
+        if self._validate_args and not torch.compiler.is_compiling():  # would break the graph
             self._validate_sample(value)
         noise, ladj = self.bijection.inverse_and_ladj(value)
         return self.noise.log_prob(noise) + self._reduce(ladj)

@@ -174,7 +174,7 @@ class _Spline(Bijection):
         below = slope * (xi * xi + co * co) + (d0 + d1) * xi * co
         y = y0 + (y1 - y0) * xi * (slope * xi + d0 * co) / below
         ladj = self._log_slope(xi, co, slope, d0, d1, below)
-        return torch.where(inside, y, x), torch.where(inside, ladj, 0.0)
+        return torch.where(inside, y, x), ladj  # which is 0 at the clamped ends
 
     def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
         inside = y.abs() <= self.bound
@@ -193,7 +193,7 @@ class _Spline(Bijection):
         below = slope * (xi * xi + co * co) + (d0 + d1) * xi * co
         x = x0 + (x1 - x0) * xi
         ladj = -self._log_slope(xi, co, slope, d0, d1, below)
-        return torch.where(inside, x, y), torch.where(inside, ladj, 0.0)
+        return torch.where(inside, x, y), ladj
 
     def _bin(self, at: Tensor, knots: Tensor) -> tuple[Tensor, ...]:
         """Ends of the bin that holds ``at``, in x and in y, and the derivatives there."""
