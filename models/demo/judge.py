@@ -106,7 +106,7 @@ class Mixture:
 
     @classmethod
     def fit(cls, data: Data, components: int) -> "Mixture":
-        x = torch.cat([data.dequantize(data.train) for _ in range(4)])  # as much as it can use
+        x = torch.cat([data.dequantize(data.train) for _ in range(2)])  # fresh noise for each copy
         model = GaussianMixture(components, random_state=0)
         return cls(model.fit(x.double().numpy()))
 
@@ -119,5 +119,5 @@ class Mixture:
         return Evidence(torch.from_numpy(self.fitted.score_samples(x)), Kind.EXACT)
 
     def draws(self, n: int) -> Tensor:
-        rows, _ = self.fitted.sample(n)
-        return torch.from_numpy(np.ascontiguousarray(rows)).float()
+        rows, _ = self.fitted.sample(n)  # sorted by component
+        return torch.from_numpy(np.ascontiguousarray(rows)).float()[torch.randperm(n)]

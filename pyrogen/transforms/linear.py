@@ -90,8 +90,11 @@ class LULinear(nn.Module):
         tensor([1., 2.], grad_fn=<AddBackward0>)
     """
 
+    below: Tensor
+
     def __init__(self, features: int) -> None:
         super().__init__()
+        self.register_buffer("below", torch.ones(features, features).tril(-1), persistent=False)
         self.entries = nn.Parameter(torch.zeros(features, features))  # below: L, above: U
         self.log_diagonal = nn.Parameter(torch.zeros(features))
         self.bias = nn.Parameter(torch.zeros(features))
@@ -117,10 +120,10 @@ class _LULinear(Bijection):
         return rows.reshape(y.shape), -ladj.expand(y.shape[:-1])
 
     def _factors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        entries, diagonal = self.layer.entries, self.layer.log_diagonal
-        lower = entries.tril(-1) + torch.eye(len(diagonal)).to(entries)
-        upper = entries.triu(1) + diagonal.exp().diag()
-        return lower, upper, self.layer.bias, diagonal.sum()
+        layer, diagonal = self.layer, self.layer.log_diagonal
+        lower = layer.entries * layer.below + torch.eye(len(diagonal)).to(diagonal)
+        upper = layer.entries * layer.below.T + diagonal.exp().diag()
+        return lower, upper, layer.bias, diagonal.sum()
 
 
 class ActNorm(nn.Module):
