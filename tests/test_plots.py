@@ -45,7 +45,8 @@ def test_wrong_shapes_are_refused():
 
 def test_without_matplotlib_the_extra_is_named():
     code = (
-        "import sys, torch; sys.modules['matplotlib'] = None; sys.modules['matplotlib.figure'] = None\n"
+        "import sys, torch\n"
+        "sys.modules['matplotlib'] = sys.modules['matplotlib.figure'] = None\n"
         "from pyrogen import plots\n"
         "try: plots.table(['a'], [['b']])\n"
         "except ImportError as e: assert 'pip install pyrogen[demo]' in str(e)\n"

@@ -6,19 +6,21 @@
 # answers against each other and against a brute-force truth.
 #
 # **You need** `pyro.sample`, `pyro.plate` and an idea of what NUTS does.
-# **It takes** a minute on a laptop CPU.
+# **It takes** about a minute on a laptop CPU.
 #
 # The data are points on two half moons. Their law has no simple formula, which is what a
 # generative model is for.
 
 # %%
 import os
+from functools import partial
 
 import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.infer import MCMC, NUTS, Predictive
+from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from pyrogen.distributions import Generator, nsf
@@ -54,8 +56,9 @@ history = trainer.fit(batches, steps=steps, progress=False)
 # and the generator, which cannot be scored, plays against a critic: two trainers that alternate.
 
 # %%
-generator = Generator(mlp(4, 2, (128, 128)), latents=4, event_shape=(2,)).standardize(x)
-critic = mlp(2, 1, (128, 128))
+leaky = partial(mlp, hidden=(128, 128), activation=partial(nn.LeakyReLU, 0.2))
+generator = Generator(leaky(4, 2), latents=4, event_shape=(2,)).standardize(x)
+critic = leaky(2, 1)
 steps = 2 if smoke else 3000
 
 
@@ -67,7 +70,7 @@ def player(objective, module):
 
 game = AdversarialTrainer(
     player(GeneratorLoss(generator, critic), generator),
-    player(CriticLoss(generator, critic, penalty=ZeroCentred(1.0)), critic),
+    player(CriticLoss(generator, critic, penalty=ZeroCentred(0.1)), critic),
 )
 game.fit(batches, steps=steps, progress=False)
 
@@ -107,9 +110,9 @@ y = torch.tensor(0.9)
 draws = 2 if smoke else 400
 
 # %% [markdown]
-# NUTS needs a density. The flow has one. The generator has none, but its noise does: `NoiseReparam`
-# makes the noise the latent of the same model. The flow may be sampled in its noise too, where the
-# moons are one round cloud and the sampler is not held up by the gap between them.
+# NUTS needs a density. The flow has one. The generator has none, but its noise does:
+# `NoiseReparam` makes the noise the latent of the same model. The flow may be sampled in its noise
+# too, where the moons are one round cloud and no gap between them holds up the sampler.
 
 # %%
 opened = poutine.reparam(measurement, {"point": NoiseReparam()})
