@@ -1,6 +1,7 @@
 """The data that the models learn: the digits that scikit-learn ships, or a file of yours."""
 
 import gzip
+import io
 import math
 import struct
 from dataclasses import dataclass
@@ -100,21 +101,32 @@ def load(path: str) -> Data:
 
 
 def _read(file: Path) -> np.ndarray:
+    raw = file.read_bytes()
+    if file.suffix == ".gz":
+        raw = gzip.decompress(raw)
     suffix = "".join(s for s in file.suffixes if s != ".gz")
     if suffix.endswith(".npy"):
-        return np.load(file, allow_pickle=False)
+        return np.load(io.BytesIO(raw), allow_pickle=False)
     if suffix.endswith(".npz"):
-        with np.load(file, allow_pickle=False) as arrays:
+        with np.load(io.BytesIO(raw), allow_pickle=False) as arrays:
             return arrays[arrays.files[0]]
     if suffix.endswith(".csv"):
-        rows = np.genfromtxt(file, delimiter=",", dtype=float)
-        return rows[1:] if np.isnan(rows[0]).all() else rows  # a line of names reads as NaN
-    raw = (gzip.open if file.suffix == ".gz" else open)(file, "rb").read()
-    zero, kind, ndim = struct.unpack_from(">HBB", raw)
+        text = raw.decode().splitlines()
+        names = not _is_number(text[0].split(",")[0])
+        return np.loadtxt(text, delimiter=",", skiprows=int(names), ndmin=2)
+    zero, kind, ndim = struct.unpack_from(">HBB", raw.ljust(4))
     if zero != 0 or kind not in IDX_TYPES:
         raise ValueError(f"{file} is not an IDX file. Expected .npy, .npz, .csv or IDX.")
     shape = struct.unpack_from(f">{ndim}I", raw, 4)
     return np.frombuffer(raw, IDX_TYPES[kind], offset=4 + 4 * ndim).reshape(shape)
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
 
 
 def _split(

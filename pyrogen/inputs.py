@@ -77,11 +77,20 @@ def check_batch(
         )
 
 
-def check_context(context: Tensor | None, features: int, *, owner: str) -> None:
+def check_context(
+    context: Tensor | None, features: int, *, owner: str, like: Tensor | None = None
+) -> None:
     """Refuse a context that does not have the ``features`` the owner was built with.
 
+    Args:
+        context: What to condition on, shape ``(*batch, features)``; None where there is none.
+        features: Width that the owner was built with; 0 for no context.
+        owner: Name of the class that asks, for the message.
+        like: Tensor whose dtype and device the context must share.
+
     Raises:
-        ValueError: If the context is missing, superfluous or of another width.
+        TypeError: If the context is not of floating point.
+        ValueError: If the context is missing, superfluous or of another width, or is not finite.
 
     Example:
         >>> check_context(None, 3, owner="Flow")
@@ -89,12 +98,16 @@ def check_context(context: Tensor | None, features: int, *, owner: str) -> None:
             ...
         ValueError: Flow was built with context=3, got 0 context features. Pass a context of ...
     """
-    got = 0 if context is None else context.shape[-1] if context.ndim else -1
-    if got != features:
+    if context is None and features == 0:
+        return
+    if context is None or not context.ndim or context.shape[-1] != features or not features:
+        got = context.shape[-1] if context is not None and context.ndim else 0
+        advice = "Pass a context of shape (*batch, context)" if features else "Pass no context"
         raise ValueError(
-            f"{owner} was built with context={features}, got {max(got, 0)} context features. "
-            f"Pass a context of shape (*batch, context), or rebuild the {owner.lower()}."
+            f"{owner} was built with context={features}, got {got} context features. "
+            f"{advice}, or rebuild the {owner.lower()}."
         )
+    check_batch(context.unsqueeze(0), (features,), owner=f"The context of {owner}", like=like)
 
 
 def check_varied(x: Tensor, *, owner: str) -> None:

@@ -393,3 +393,22 @@ def test_loss_approaches_the_entropy_and_never_passes_it(target, floor, above):
     error = (nll.std() / len(nll) ** 0.5).item()
     assert nll.mean().item() > floor - 4.5 * error
     assert nll.mean().item() < floor + above
+
+
+@pytest.mark.parametrize(
+    "support", [constraints.half_open_interval(0, 1), constraints.independent(UNIT, 1)], ids=str
+)
+def test_border_is_refused_whatever_the_kind_of_interval(support):
+    x = torch.rand(50, 2)
+    x[3] = 0
+    with pytest.raises(ValueError, match=r"got 1 outside or on its border"):
+        nsf(2, support=support).standardize(x)
+
+
+def test_context_that_is_not_a_number_is_refused():
+    with pytest.raises(ValueError, match=r"The context of Flow expected finite data"):
+        nsf(2, 3)(torch.full((4, 3), torch.nan))
+    with pytest.raises(ValueError, match=r"The context of Flow holds torch.float32"):
+        nsf(2, 3)(torch.zeros(4, 3, dtype=torch.float64))
+    with pytest.raises(ValueError, match=r"context=0, got 3 .*Pass no context"):
+        nsf(2)(torch.zeros(4, 3))

@@ -207,24 +207,37 @@ def test_log_prob_is_refused():
                 nn.Linear(1, 2), 1, (2,), support=constraints.positive
             ).standardize(torch.tensor([[0.0, 1.0], [1.0, 2.0]])),
             ValueError,
-            "outside or at its edge",
+            "outside or on its border",
         ),
         (
             lambda g: Generator(
                 nn.Linear(1, 2), 1, (2,), support=constraints.unit_interval
             ).standardize(torch.tensor([[0.5, 1.5], [0.1, 0.2]])),
             ValueError,
-            "outside or at its edge",
+            "outside or on its border",
         ),
         (
             lambda g: Generator(
                 nn.Linear(1, 2), 1, (2,), support=constraints.unit_interval
             ).standardize(torch.tensor([[0.5, 0.0], [0.1, 0.2]])),
             ValueError,
-            "outside or at its edge",
+            "outside or on its border",
         ),
     ],
 )
 def test_bad_input_is_refused(call, error, match):
     with pytest.raises(error, match=match):
         call(conditional())
+
+
+def test_gradient_reaches_the_map_under_discrete_noise():
+    w = torch.ones((), requires_grad=True)
+    law = Pushforward(lambda z: w * z, dist.Poisson(torch.ones(3)).to_event(1), (3,))
+    assert pyro.sample("x", law).requires_grad
+    assert not law.sample().requires_grad
+
+
+def test_standardize_keeps_no_graph():
+    x = (torch.randn(10, 2, requires_grad=True)) * 2
+    generator = Generator(nn.Linear(2, 2), 2, (2,)).standardize(x)
+    assert not generator.shift.requires_grad

@@ -398,3 +398,21 @@ def test_svi_and_module_take_the_same_gradient(vectorize):
 def test_number_of_particles_is_checked(particles):
     with pytest.raises(ValueError, match="positive number of particles"):
         ImportanceWeighted(particles)
+
+
+@pytest.mark.parametrize("vectorize", [False, True])
+def test_one_draw_of_a_sequential_plate_is_a_cell(vectorize):
+    data = torch.linspace(-1, 1, 10)
+
+    def model():
+        for i in pyro.plate("data", 10, subsample_size=1):
+            z = pyro.sample(f"z{i}", dist.Normal(0.0, 1.0))
+            pyro.sample(f"x{i}", dist.Normal(z, 1.0), obs=data[i])
+
+    def guide():
+        for i in pyro.plate("data", 10, subsample_size=1):
+            pyro.sample(f"z{i}", dist.Normal(data[i] / 2, 0.5**0.5))  # the posterior
+
+    elbo = ImportanceWeighted(num_particles=3, vectorize_particles=vectorize, max_plate_nesting=0)
+    possible = -10 * dist.Normal(0.0, 2**0.5).log_prob(data)
+    assert (possible - elbo.loss(model, guide)).abs().min() < 1e-4

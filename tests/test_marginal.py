@@ -254,3 +254,24 @@ def test_bad_noise_is_refused():
         HomoscedasticGaussian((2,), noise=1e-4)
     with pytest.raises(ValueError, match="at least one dimension"):
         HeteroscedasticGaussian(())
+
+
+def test_every_context_has_a_latent_of_its_own():
+    class Deaf(nn.Module):
+        def forward(self, context):
+            return dist.Normal(torch.zeros(2), 1.0).to_event(1)
+
+    model = LatentVariable(
+        nn.Linear(3, 2, bias=False), 2, event_shape=(2,), context=1, prior=Deaf()
+    )
+    law = model(torch.zeros(5, 1))
+    assert law.batch_shape == (5,)
+    z = law.prior.sample()
+    assert z.shape == (5, 2)
+    assert len(z.unique(dim=0)) == 5
+    assert law.sample((7,)).shape == (7, 5, 2)
+
+
+def test_large_noise_stays_finite():
+    likelihood = HomoscedasticGaussian((2,), noise=200.0)
+    assert torch.allclose(likelihood(torch.zeros(2)).stddev, torch.tensor(200.0))

@@ -6,7 +6,7 @@ from torch.distributions import LogNormal, Uniform
 from pyrogen.distributions import Denoiser, Diffusion, ExactDenoiser
 from pyrogen.nets import ResidualMLP
 from pyrogen.objectives import DenoisingScore, UniformTime, edm_weight
-from pyrogen.paths import VP, Linear
+from pyrogen.paths import EDM, OU, VP, Linear
 from pyrogen.targets import GaussianMixture
 
 SIGMA = 0.5
@@ -212,3 +212,10 @@ def test_one_context_for_many_data_is_refused():
     objective = DenoisingScore(Diffusion(ResidualMLP(2, context=3), (2,), context=3))
     with pytest.raises(ValueError, match=r"one context per datum, got \(1, 3\)"):
         objective(torch.zeros(4, 2), torch.zeros(1, 3))
+
+
+@pytest.mark.parametrize("path", [EDM(10.0), VP(1.0, 0.1), OU()], ids=str)
+def test_times_end_where_the_path_ends(path):
+    sigma = UniformTime(path).icdf(torch.tensor([0.5, 1.0]))
+    assert sigma.isfinite().all()
+    assert sigma[-1] <= path.ratio(torch.ones(())) * (1 + 1e-4)

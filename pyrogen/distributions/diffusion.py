@@ -14,9 +14,10 @@ from torch import Size, Tensor, nn
 from torch.distributions import constraints
 from torch.utils.checkpoint import checkpoint
 
-from ..inputs import check_batch, check_context, check_varied
+from ..inputs import check_batch, check_context
 from ..paths import EDM, GaussianPath
 from .samplers import Multistep, Sampler
+from .standard import standard_units
 from .trace import ExactTrace, Hutchinson, Trace, quadratic_forms
 
 EXACT_UP_TO = 64  # dimensions; beyond, an exact trace costs more than its error is worth
@@ -173,18 +174,15 @@ class Diffusion(nn.Module):
         self.register_buffer("shift", torch.zeros(self.event_shape))
         self.register_buffer("scale", torch.ones(self.event_shape))
 
-    @torch.no_grad()
     def standardize(self, x: Tensor) -> Self:
         """Set shift and scale to the mean and the standard deviation of data, feature by feature.
 
         Args:
             x: Data, shape ``(*batch, *event_shape)``, at least two of them.
         """
-        check_batch(x, self.event_shape, owner="Diffusion", like=self.shift, at_least=2)
-        x = x.reshape(-1, *self.event_shape)
-        check_varied(x, owner="Diffusion")
-        self.shift.copy_(x.mean(0))
-        self.scale.copy_(x.std(0))
+        shift, scale = standard_units(x, self.event_shape, owner="Diffusion", like=self.shift)
+        self.shift.copy_(shift)
+        self.scale.copy_(scale)
         return self
 
     def denoise(self, x_t: Tensor, sigma: Tensor, context: Tensor | None = None) -> Tensor:
@@ -195,7 +193,7 @@ class Diffusion(nn.Module):
             sigma: Noise levels, broadcastable to ``(*batch,)``.
             context: Broadcastable to ``(*batch, context)``.
         """
-        check_context(context, self.context, owner="Diffusion")
+        check_context(context, self.context, owner="Diffusion", like=self.shift)
         batch = x_t.shape[: x_t.ndim - len(self.event_shape)]
         if context is not None:
             context = context.expand(*batch, -1).reshape(-1, self.context)
@@ -215,7 +213,8 @@ class Diffusion(nn.Module):
         Args:
             x_t: :math:`\alpha_t` times the standardised data plus :math:`\sigma_t` times noise,
                 shape ``(*batch, *event_shape)``.
-            t: Times in (0, 1], broadcastable to ``(*batch,)``.
+            t: Times in (0, 1], broadcastable to ``(*batch,)``; less than 1 where the path ends at
+                alpha = 0 (``Linear``, ``Cosine``).
             context: Broadcastable to ``(*batch, context)``.
         """
         alpha, sigma = self.path(t)
@@ -224,7 +223,7 @@ class Diffusion(nn.Module):
         return (alpha[wide] * clean - x_t) / sigma[wide].square()
 
     def forward(self, context: Tensor | None = None) -> "Diffused":
-        check_context(context, self.context, owner="Diffusion")
+        check_context(context, self.context, owner="Diffusion", like=self.shift)
         return Diffused(self, context)
 
 
@@ -321,7 +320,13 @@ class Diffused(dist.TorchDistribution):
             value: Data, shape broadcastable to ``(*sample, *batch_shape, *event_shape)``.
         """
         d = self.diffusion
-        check_batch(value.unsqueeze(0), self.event_shape, owner="Diffused", like=d.shift)
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError(
+                "Diffused takes derivatives inside log_prob, which inference mode forbids. Use "
+                "torch.no_grad instead."
+            )
+        batch = value.unsqueeze(0) if value.ndim == self.event_dim else value
+        check_batch(batch, self.event_shape, owner="Diffused", like=d.shift)
         lead = value.shape[: value.ndim - self.event_dim]
         shape = torch.broadcast_shapes(lead, self.batch_shape)
         u = ((value - d.shift) / d.scale).expand(*shape, *self.event_shape)

@@ -10,7 +10,7 @@ import torch
 from torch import Size, Tensor, nn
 from torch.distributions import Transform, biject_to, constraints
 
-from ..inputs import check_batch, check_context, check_varied
+from ..inputs import check_context
 from ..transforms import (
     Autoregressive,
     Composed,
@@ -22,6 +22,7 @@ from ..transforms import (
     Wrapped,
 )
 from ..transforms.elementwise import AFFINE, SPLINE
+from .standard import standard_units
 
 
 class Transformed(dist.TransformedDistribution):
@@ -161,7 +162,7 @@ class Flow(nn.Module):
         self.register_buffer("scale", torch.ones(features))
 
     def forward(self, context: Tensor | None = None) -> Transformed:
-        check_context(context, self.context, owner="Flow")
+        check_context(context, self.context, owner="Flow", like=self.zero)
         batch_shape = () if context is None else context.shape[:-1]
         zero = self.zero.expand(*batch_shape, -1)
         one = torch.ones_like(zero)
@@ -191,23 +192,16 @@ class Flow(nn.Module):
             >>> flow.shift
             tensor([1., 3.])
         """
-        event_shape = self.constrain.forward_shape(self.zero.shape)
-        check_batch(x, event_shape, owner="Flow", like=self.zero, at_least=2)
-        x = x.detach().reshape(-1, *event_shape)
-        free = self.constrain.inv(x)
-        inside = self.support.check(x).reshape(len(x), -1).all(-1) & free.isfinite().all(-1)
-        if isinstance(self.support, constraints.interval):  # where torch clamps at the border
-            low, high = self.support.lower_bound, self.support.upper_bound
-            inside &= ((x > low) & (x < high)).all(-1)
-        if not inside.all():
-            raise ValueError(
-                f"Flow expected data inside its support {self.support}, got "
-                f"{int((~inside).sum())} outside or on its border. Rescale them, or choose "
-                "another support."
-            )
-        check_varied(free, owner="Flow")
-        self.shift.copy_(free.mean(0))
-        self.scale.copy_(free.std(0))
+        shift, scale = standard_units(
+            x,
+            self.constrain.forward_shape(self.zero.shape),
+            owner="Flow",
+            like=self.zero,
+            support=self.support,
+            to_real=self.constrain.inv,
+        )
+        self.shift.copy_(shift)
+        self.scale.copy_(scale)
         return self
 
 

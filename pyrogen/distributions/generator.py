@@ -11,8 +11,9 @@ import torch
 from torch import Size, Tensor, nn
 from torch.distributions import constraints, transform_to
 
-from ..inputs import check_batch, check_context, check_varied
+from ..inputs import check_context
 from .base import LikelihoodFree
+from .standard import standard_units
 
 
 class Pushforward(LikelihoodFree):
@@ -51,8 +52,11 @@ class Pushforward(LikelihoodFree):
 
     @property
     def has_rsample(self) -> bool:  # type: ignore[override]
-        """Whether draws carry a gradient to the latent's parameters; else only the map's."""
         return self.latent.has_rsample
+
+    def __call__(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        """Draw, with gradient to the map, and to the latent's parameters if it has ``rsample``."""
+        return self.transform(self.latent(Size(sample_shape)))
 
     @constraints.dependent_property
     def support(self) -> constraints.Constraint:
@@ -156,11 +160,8 @@ class Generator(nn.Module):
             ValueError: If the context does not have the features that the generator was built
                 with, is not finite, or has another dtype or device.
         """
-        check_context(context, self.context, owner="Generator")
-        batch_shape = Size()
-        if context is not None:
-            check_batch(context.unsqueeze(0), (self.context,), owner="Generator", like=self.zero)
-            batch_shape = context.shape[:-1]
+        check_context(context, self.context, owner="Generator", like=self.zero)
+        batch_shape = Size() if context is None else context.shape[:-1]
         latent = dist.Normal(self.zero.expand(*batch_shape, -1), 1.0).to_event(1)
         push = partial(self._push, context=context)
         return Pushforward(push, latent, self.event_shape, support=self.support)
@@ -181,21 +182,16 @@ class Generator(nn.Module):
             ValueError: If ``x`` is not finite, has fewer than two data or another shape or
                 dtype, has a constant feature, or lies outside or at the edge of the support.
         """
-        check_batch(x, self.event_shape, owner="Generator", like=self.shift, at_least=2)
-        x = x.reshape(-1, *self.event_shape)
-        check_varied(x, owner="Generator")
-        free = transform_to(self.support).inv(x)
-        inside = self.support.check(x).all() and free.isfinite().all()
-        if isinstance(self.support, (constraints.interval, constraints.half_open_interval)):
-            # torch's inverse clamps at the edges: a finite number, but a scale of its own.
-            inside = (x > self.support.lower_bound).all() and (x < self.support.upper_bound).all()
-        if not inside:
-            raise ValueError(
-                f"Generator expected data inside {self.support}, got some outside or at its edge. "
-                "Move them inside, for instance by adding uniform noise, or change the support."
-            )
-        self.shift.copy_(free.mean(0))
-        self.scale.copy_(free.std(0))
+        shift, scale = standard_units(
+            x,
+            self.event_shape,
+            owner="Generator",
+            like=self.shift,
+            support=self.support,
+            to_real=transform_to(self.support).inv,
+        )
+        self.shift.copy_(shift)
+        self.scale.copy_(scale)
         return self
 
     def _push(self, z: Tensor, context: Tensor | None) -> Tensor:

@@ -13,8 +13,9 @@ from torch import Size, Tensor, nn
 from torch.distributions import constraints
 from torch.nn.functional import softplus
 
-from ..inputs import check_batch, check_context, check_varied
+from ..inputs import check_batch, check_context
 from .base import LikelihoodFree
+from .standard import standard_units
 
 
 class Marginal(LikelihoodFree):
@@ -142,11 +143,9 @@ class _Gaussian(nn.Module):
 
     def standardize(self, x: Tensor) -> Self:
         owner = type(self).__name__
-        check_batch(x, self.event_shape, owner=owner, like=self.shift, at_least=2)
-        x = x.reshape(-1, *self.event_shape)
-        check_varied(x.reshape(len(x), -1), owner=owner)
-        self.shift.copy_(x.mean(0))
-        self.scale.copy_(x.std(0))
+        shift, scale = standard_units(x, self.event_shape, owner=owner, like=self.shift)
+        self.shift.copy_(shift)
+        self.scale.copy_(scale)
         return self
 
     def _normal(self, mean: Tensor, raw: Tensor) -> dist.TorchDistribution:
@@ -191,7 +190,8 @@ class HomoscedasticGaussian(_Gaussian):
                 f"HomoscedasticGaussian expected noise > floor, got noise={noise} and "
                 f"floor={floor}. Raise noise or lower floor."
             )
-        raw = torch.tensor(noise - floor).expm1().log()  # inverse of softplus
+        above = torch.tensor(noise - floor)
+        raw = above + (-torch.expm1(-above)).log()  # inverse of softplus
         self.raw = nn.Parameter(raw.expand(self.event_shape).clone())
 
     def forward(self, output: Tensor) -> dist.TorchDistribution:
@@ -343,10 +343,12 @@ class LatentVariable(nn.Module):
         return self
 
     def _prior(self, context: Tensor | None) -> dist.TorchDistribution:
-        check_context(context, self.context, owner="LatentVariable")
-        if self.prior is not None:
-            return self.prior(context)
+        check_context(context, self.context, owner="LatentVariable", like=self.zero)
         batch_shape = () if context is None else context.shape[:-1]
+        if self.prior is not None:
+            p = self.prior(context)
+            wide = torch.broadcast_shapes(p.batch_shape, batch_shape)
+            return p if p.batch_shape == wide else p.expand(wide)  # a latent for each context
         return dist.Normal(self.zero.expand(*batch_shape, -1), 1.0).to_event(1)
 
 

@@ -29,7 +29,7 @@ class UniformTime:
     Args:
         path: From data to noise.
         low: Smallest noise level, in units of the standardised data.
-        high: Largest noise level, in units of the standardised data.
+        high: Largest noise level, in units of the standardised data; the path's, if less.
 
     Example:
         >>> from pyrogen.paths import Linear
@@ -42,7 +42,8 @@ class UniformTime:
     high: float = 80.0
 
     def icdf(self, value: Tensor) -> Tensor:
-        start, stop = (self.path.time(value.new_tensor(s)) for s in (self.low, self.high))
+        high = self.path.ratio(value.new_ones(())).clamp(max=self.high)
+        start, stop = self.path.time(value.new_tensor(self.low)), self.path.time(high)
         return self.path.ratio(start + (stop - start) * value)
 
 

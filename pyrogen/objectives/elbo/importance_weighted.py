@@ -128,7 +128,7 @@ class ImportanceWeighted(ELBO):
     def _weigh(self, model_trace: Trace, guide_trace: Trace) -> tuple[Tensor, Tensor, Any]:
         """Return log-weight and log-score of every cell, and the scale outside the logarithm."""
         p, q = _scored_sites(model_trace), _scored_sites(guide_trace)
-        cells = {plate for plate in set.intersection(*map(_plates, p + q)) if plate.vectorized}
+        cells = set.intersection(*map(_plates, p + q))
         if self.num_particles > 1:
             _check_subsampling(p + q, cells)
 
@@ -192,8 +192,8 @@ def _check_subsampling(sites: list[Any], cells: set[CondIndepStackFrame]) -> Non
             outside = next(site["name"] for site in sites if plate not in _plates(site))
             raise NotImplementedError(
                 f"Plate {plate.name!r} holds a subsample, {plate.size} of {plate.full_size}, and "
-                f"site {outside!r} lies outside it. A scale inside the logarithm gives no bound: "
-                "use the whole plate, one particle, or StickingTheLanding."
+                f"site {outside!r} does not share one cell of it. A scale inside the logarithm "
+                "gives no bound: use the whole plate, one particle, or StickingTheLanding."
             )
 
 
