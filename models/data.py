@@ -2,7 +2,6 @@
 
 import gzip
 import io
-import math
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.distributions import constraints
 
+from pyrogen.evaluation import bits_per_dim
 from pyrogen.training import Batches
 
 IDX_TYPES = {8: ">u1", 9: ">i1", 11: ">i2", 12: ">i4", 13: ">f4", 14: ">f8"}
@@ -48,7 +48,10 @@ class Data:
         return "bits/dim" if self.levels else "nats"
 
     def dequantize(self, x: Tensor) -> Tensor:
-        return (x + torch.rand_like(x)) / self.levels if self.levels else x
+        if not self.levels:
+            return x
+        edge = torch.finfo(x.dtype).eps / 2  # rounding reaches the border, where logits end
+        return ((x + torch.rand_like(x)) / self.levels).clamp(edge, 1 - edge)
 
     def quantize(self, x: Tensor) -> Tensor:
         """Round dequantised values back to grey levels; what lies outside goes to the border."""
@@ -66,7 +69,7 @@ class Data:
         """Cost of each datum: bits per pixel for grey levels, nats for real numbers."""
         if not self.levels:
             return -log_prob
-        return -log_prob / (math.log(2) * self.features) + math.log2(self.levels)
+        return bits_per_dim(log_prob, self.features, cell=1 / self.levels)
 
 
 def digits() -> Data:
@@ -78,7 +81,8 @@ def digits() -> Data:
 def load(path: str) -> Data:
     """Load ``digits``, or a .npy, .npz, .csv or IDX file (gzip allowed) of rows or of pictures.
 
-    Whole numbers are taken for grey levels, anything else for real numbers.
+    Arrays of integers from 0 up are taken for grey levels, anything else, and every .csv, for
+    real numbers.
     """
     if path == "digits":
         return digits()
@@ -86,9 +90,9 @@ def load(path: str) -> Data:
     if not file.exists():
         raise FileNotFoundError(f"{path} does not exist. Pass 'digits' or a file.")
     array = _read(file)
-    if array.ndim < 2 or len(array) < 10:
+    if array.ndim < 2 or len(array) < 25:
         raise ValueError(
-            f"{path} holds an array of shape {array.shape}. Expected at least 10 rows: "
+            f"{path} holds an array of shape {array.shape}. Expected at least 25 rows: "
             "(n, features), or (n, height, width) for pictures."
         )
     whole = np.issubdtype(array.dtype, np.integer) and array.min() >= 0

@@ -233,6 +233,7 @@ def _run(
             if is_deterministic(site):
                 derived[name] = unbatch(site["value"], value, n, name=name)
             elif _is_data(single[name]):
+                _refuse_weights(name, site)
                 batch = value.new_empty(single[name]["fn"].batch_shape)
                 likelihood[name] = unbatch(site["log_prob"], batch, n, name=name)
                 predictive[name] = unbatch(new[name]["value"], value, n, name=name)
@@ -240,6 +241,16 @@ def _run(
             part.append(found)
     whole = [{name: torch.cat([d[name] for d in part]) for name in part[0]} for part in parts]
     return whole[0], whole[1], whole[2]
+
+
+def _refuse_weights(name: str, site: Mapping[str, Any]) -> None:
+    """Leave-one-out counts each datum once, so a masked or scaled one would count wrongly."""
+    mask = site["mask"]
+    if site["scale"] != 1 or (mask is not None and not torch.as_tensor(mask).all()):
+        raise ValueError(
+            f"to_arviz expected data that count once each, and site {name!r} is masked or scaled. "
+            "Export the posterior without the model, or the model without mask and scale."
+        )
 
 
 def _is_data(site: Mapping[str, Any]) -> bool:

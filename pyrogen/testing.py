@@ -116,8 +116,9 @@ def _reload(state: dict) -> dict:
 def _perturbed(module: nn.Module) -> nn.Module:
     other = copy.deepcopy(module)
     with torch.no_grad():
-        for p in other.parameters():
-            p.add_(0.1 * torch.randn_like(p))
+        for tensor in other.state_dict().values():
+            if tensor.is_floating_point():
+                tensor.add_(0.1 * torch.rand_like(tensor))
     return other
 
 

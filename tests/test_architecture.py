@@ -62,10 +62,10 @@ def state():
     }
 
 before = state()
-import pyrogen
+import pyrogen, pyrogen.testing
 changed = [k for k, v in state().items() if v != before[k]]
 assert not changed, changed
-assert not {"arviz", "matplotlib", "sklearn"} & sys.modules.keys()
+assert not {"arviz", "matplotlib", "sklearn", "scipy", "pandas"} & sys.modules.keys()
 """
 
 

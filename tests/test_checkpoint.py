@@ -10,11 +10,12 @@ import time
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.optim import lr_scheduler
-from torch.utils.data import DataLoader, RandomSampler, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
 from pyrogen.distributions import Generator
 from pyrogen.objectives import CriticLoss, GeneratorLoss, ZeroCentred
@@ -63,6 +64,12 @@ FEEDS = {
     "own generator": lambda: loader(shuffle=True, generator=torch.Generator().manual_seed(3)),
     "own sampler": lambda: loader(
         sampler=RandomSampler(data(), generator=torch.Generator().manual_seed(3))
+    ),
+    "own batch sampler": lambda: DataLoader(
+        TensorDataset(data()),
+        batch_sampler=BatchSampler(
+            RandomSampler(data(), generator=torch.Generator().manual_seed(3)), 8, False
+        ),
     ),
     "list": lambda: list(data().split(8)),
     "stream": stream,
@@ -326,8 +333,9 @@ def _kill_often(feed, folder):
             _child(feed, folder, 0.005 if end == "time" else 0.0)
         if end == "time":
             before = path.stat().st_mtime_ns
-            while path.stat().st_mtime_ns == before:  # there is progress
-                time.sleep(0.001)
+            patience = time.monotonic() + 20
+            while path.stat().st_mtime_ns == before and time.monotonic() < patience:
+                time.sleep(0.001)  # until there is progress, if there is any left to make
             time.sleep(moments.uniform(0.0, 0.05))
             os.kill(pid, signal.SIGKILL)
         status = os.waitpid(pid, 0)[1]
@@ -481,6 +489,14 @@ def test_a_checkpoint_of_other_batches_is_refused(tmp_path):
         ValueError, match="batches end after 2, the checkpoint was written after 5"
     ):
         fit(trainer, list(data().split(8))[:2], validation, checkpoint=path)
+
+
+def test_what_could_not_be_loaded_is_not_saved(tmp_path):
+    path = tmp_path / "run.pt"
+    save({"lr": 0.1}, path)
+    with pytest.raises(TypeError, match=r"state\['lr'\] is a numpy.float64. Convert it"):
+        save({"lr": np.float64(0.1)}, path)
+    assert load(path) == {"lr": 0.1}
 
 
 if __name__ == "__main__":

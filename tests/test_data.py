@@ -63,9 +63,9 @@ def test_bad_files_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"does not exist. Pass 'digits' or a file"):
         load(str(tmp_path / "none.npy"))
     np.save(tmp_path / "flat.npy", np.zeros(20))
-    with pytest.raises(ValueError, match=r"shape \(20,\). Expected at least 10 rows"):
+    with pytest.raises(ValueError, match=r"shape \(20,\). Expected at least 25 rows"):
         load(str(tmp_path / "flat.npy"))
-    nan = np.zeros((20, 2))
+    nan = np.zeros((30, 2))
     nan[3] = np.nan
     np.save(tmp_path / "nan.npy", nan)
     with pytest.raises(ValueError, match=r"holds NaN or infinite values"):

@@ -258,3 +258,20 @@ def test_datum_without_a_bound_is_refused():
 
     with pytest.raises(FloatingPointError, match="no finite bound for 2 of 3 data"):
         log_evidence(impossible, guide, torch.tensor([-1.0, 1.0, 2.0]))
+
+
+def test_two_plates_of_one_size_are_refused():
+    def model(x):
+        with pyro.plate("features", 4, dim=-2), pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x.T)
+
+    def guide(x):
+        with pyro.plate("features", 4, dim=-2), pyro.plate("data", len(x), dim=-1):
+            pyro.sample("z", dist.Normal(x.T / 2, 0.5**0.5))
+
+    x = torch.randn(8, 4)
+    exact = dist.Normal(0.0, 2**0.5).log_prob(x).sum(1)
+    assert torch.allclose(log_evidence(model, guide, x, particles=2).log_prob, exact, atol=1e-4)
+    with pytest.raises(ValueError, match=r"two plates of 4 .*another batch_size"):
+        log_evidence(model, guide, x, particles=2, batch_size=4)

@@ -247,3 +247,16 @@ def test_subsampled_plates_are_refused():
 def test_plain_groups_need_no_arviz(monkeypatch):
     monkeypatch.setitem(sys.modules, "arviz", None)
     assert groups(DRAWS, model, Y).data["posterior"]["mu"].shape == (1, 50)
+
+
+@pytest.mark.parametrize(
+    "handler", [poutine.scale(scale=2.0), poutine.mask(mask=torch.ones(4) < 0)]
+)
+def test_data_that_do_not_count_once_are_refused(handler):
+    def weighted():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with handler, pyro.plate("data", 4):
+            pyro.sample("y", dist.Normal(z, 1.0), obs=torch.zeros(4))
+
+    with pytest.raises(ValueError, match="site 'y' is masked or scaled"):
+        groups({"z": torch.randn(10)}, weighted)

@@ -242,7 +242,7 @@ def test_weights_are_checked_though_the_loss_is_finite():
 
     hidden = Hidden(0.0)
     with pytest.raises(
-        FloatingPointError, match="Hidden gave weights that are not finite by step"
+        FloatingPointError, match=r"Hidden gave a weight '\w+' that is not finite by step"
     ):
         Trainer(hidden, sgd(hidden)).fit(ONE, steps=1, progress=False)
 

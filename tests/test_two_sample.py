@@ -285,3 +285,9 @@ def test_bad_choices_are_refused(call, message):
 def test_kernels_can_be_chosen():
     x, y = torch.randn(50, 2), torch.randn(50, 2) + 2
     assert mmd_test(x, y, permutations=19, kernels=[Gaussian(1.0), Laplace(1.0)]).p_value == 0.05
+
+
+def test_draws_that_no_permutation_tells_apart_are_a_tie():
+    x = torch.eye(30)[torch.randperm(30)]
+    verdict = mmd_test(x[:15], x[15:], permutations=99)
+    assert verdict.p_value == 1

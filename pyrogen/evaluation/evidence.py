@@ -5,7 +5,7 @@ __all__ = ["Evidence", "Kind", "bits_per_dim", "log_evidence", "monte_carlo_evid
 import math
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from pyro.poutine import Trace
@@ -23,6 +23,8 @@ from .vectorized import (
     run_pair,
     sites,
 )
+
+Nats = TypeVar("Nats", float, Tensor)
 
 
 class Kind(Enum):
@@ -174,7 +176,7 @@ def monte_carlo_evidence(
     return _lower_bound(torch.cat(log_prob), owner="monte_carlo_evidence")
 
 
-def bits_per_dim(log_prob: float, dims: int, *, cell: float = 1.0) -> float:
+def bits_per_dim(log_prob: Nats, dims: int, *, cell: float = 1.0) -> Nats:
     r"""Convert nats per datum into bits per dimension.
 
     .. math:: -\frac{\log p(x) + D \log \delta}{D \log 2}
@@ -183,7 +185,8 @@ def bits_per_dim(log_prob: float, dims: int, *, cell: float = 1.0) -> float:
     continuous by uniform noise within the cell, it bounds the code length of the integers.
 
     Args:
-        log_prob: Log-density of one datum, nats, in the units of the data.
+        log_prob: Log-density of one datum, or a tensor of several, nats, in the units of the
+            data.
         dims: Number :math:`D` of dimensions of one datum.
         cell: Width of a cell in the units of the data: 1 for pixels in 0..255, 1/256 for pixels
             scaled to [0, 1), 2/256 for [-1, 1).
@@ -245,7 +248,12 @@ def _data_dim(*traces: Trace, data: int) -> int:
             )
     if not common:
         raise ValueError("log_evidence found no sites. Pass a model that observes x.")
-    return min(frame.dim for frame in common)
+    if len({frame.dim for frame in common}) > 1:
+        raise ValueError(
+            f"log_evidence found two plates of {data} around every site, and {data} data, so it "
+            "cannot tell which plate is the batch. Choose another batch_size."
+        )
+    return next(frame.dim for frame in common)
 
 
 def _lower_bound(log_prob: Tensor, *, owner: str) -> Evidence:

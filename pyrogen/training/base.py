@@ -155,7 +155,8 @@ class Fitting(ABC):
         bar = tqdm(total=total, initial=record.step, disable=not progress, unit="step")
         clock, before = time.perf_counter(), record.seconds
         with bar, _interrupt_later() as interrupted:
-            while record.stopped is None and not interrupted:
+            stop = False
+            while record.stopped is None and not stop:
                 batch = feed.next()
                 if batch is None:
                     record.stopped = "end"
@@ -164,11 +165,12 @@ class Fitting(ABC):
                     bar.update()
                     if record.step == steps:
                         record.stopped = "steps"
+                stop = bool(interrupted)  # read once: what comes later waits for the next step
                 due = batch is not None and record.step % every == 0
                 last = record.stopped is not None
-                if due or last or interrupted or len(record.fresh) >= CHECK:
+                if due or last or stop or len(record.fresh) >= CHECK:
                     self._check_losses(record, path, bar)
-                if due or last or interrupted:
+                if due or last or stop:
                     self._check_weights(record, path)
                     if validation is not None and (due or last):
                         self._validate(validation, record, patience)
@@ -222,12 +224,15 @@ class Fitting(ABC):
         bar.set_postfix_str(" ".join(f"{value:.4g}" for value in last), refresh=False)
 
     def _check_weights(self, record: Record, path: Path | None) -> None:
+        named = {"weight " + repr(name): w for name, w in self.weights().items()}
+        named |= {"average of " + repr(name): w for name, w in self.average_weights().items()}
+        named |= {f"moment {i} of the optimizers": m for i, m in enumerate(self.moments())}
         with torch.no_grad():
-            tensors = [*self.weights().values(), *self.average_weights().values(), *self.moments()]
-            finite = [t.isfinite().all().cpu() for t in tensors]
+            finite = [w.isfinite().all().cpu() for w in named.values()]
         if not all(finite):
-            name = self._name(0)
-            self._diverged(f"{name} gave weights that are not finite by step {record.step}", path)
+            first = next(name for name, fine in zip(named, finite, strict=True) if not fine)
+            what = "/".join(type(objective).__name__ for objective in self.objectives)
+            self._diverged(f"{what} gave a {first} that is not finite by step {record.step}", path)
 
     def _name(self, i: int) -> str:
         return type(self.objectives[i]).__name__

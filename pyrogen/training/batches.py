@@ -9,6 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 from torch.utils.data import (
+    BatchSampler,
     DataLoader,
     RandomSampler,
     SubsetRandomSampler,
@@ -243,7 +244,9 @@ def _generators(batches: Iterable) -> list[torch.Generator]:
     """Generators of a DataLoader's own, which torch's global state does not cover."""
     if not isinstance(batches, DataLoader):
         return []
-    found = [batches.generator]
-    if isinstance(batches.sampler, (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)):
-        found.append(batches.sampler.generator)
+    samplers = [batches.sampler]
+    if isinstance(batches.batch_sampler, BatchSampler):
+        samplers.append(batches.batch_sampler.sampler)
+    random = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
+    found = [batches.generator, *(s.generator for s in samplers if isinstance(s, random))]
     return list({id(g): g for g in found if g is not None}.values())

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 FORMAT = 1
+PLAIN = {str, int, float, bool, bytes, type(None)}
 
 
 def save(state: dict[str, Any], path: str | os.PathLike) -> None:
@@ -30,6 +32,7 @@ def save(state: dict[str, Any], path: str | os.PathLike) -> None:
         ...     load(f"{folder}/run.pt")
         {'x': tensor([1., 1.])}
     """
+    _refuse_what_load_refuses(state)
     target = Path(path)
     # One fixed name: what a killed process leaves behind is overwritten by the next.
     partial = target.with_name(f".{target.name}.partial")
@@ -63,14 +66,14 @@ def load(path: str | os.PathLike) -> dict[str, Any]:
         raise FileNotFoundError(f"There is no checkpoint {str(target)!r}. Check the path.")
     try:
         whole = torch.load(target, map_location="cpu", weights_only=True)
-    except (
-        RuntimeError,
-        EOFError,
-        OSError,
-        pickle.UnpicklingError,
-        ValueError,
-        KeyError,
-    ) as error:
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{str(target)!r} is not a readable checkpoint: it holds something other than tensors "
+            "and plain values, or was not written by pyrogen.training. Choose another path."
+        ) from error
+    except PermissionError:
+        raise
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         raise ValueError(
             f"{str(target)!r} is not a readable checkpoint: it is truncated, or not written by "
             "pyrogen.training. Delete it to start afresh."
@@ -88,9 +91,25 @@ def load(path: str | os.PathLike) -> dict[str, Any]:
     return whole["state"]
 
 
+def _refuse_what_load_refuses(state: Any, place: str = "state") -> None:
+    if isinstance(state, dict):
+        for key, value in state.items():
+            _refuse_what_load_refuses(value, f"{place}[{key!r}]")
+    elif isinstance(state, list | tuple):
+        for i, value in enumerate(state):
+            _refuse_what_load_refuses(value, f"{place}[{i}]")
+    elif not isinstance(state, Tensor) and type(state) not in PLAIN:
+        kind = f"{type(state).__module__}.{type(state).__name__}"
+        raise TypeError(
+            f"A checkpoint holds tensors and plain values, and {place} is a {kind}. Convert it: "
+            "float(lr), for instance, where the optimizer was given a NumPy number."
+        )
+
+
 def rng_state() -> dict[str, Any]:
     """Return the state of torch's global generators, CPU and CUDA."""
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    # Asking wakes every device, so ask only where CUDA is in use.
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     return {"cpu": torch.get_rng_state(), "cuda": cuda}
 
 
