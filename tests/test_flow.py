@@ -8,31 +8,15 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from flow_cases import RECIPES, SUPPORTS, awake
 from torch import nn
 from torch.distributions import constraints
 from torch.distributions import transforms as tt
 
-from pyrogen.distributions import Flow, Transformed, maf, nsf, realnvp
+from pyrogen.distributions import Flow, Transformed, nsf
 from pyrogen.nets import MaskedLinear
 from pyrogen.targets import checkerboard, eight_gaussians
-from pyrogen.transforms import Elementwise, LULinear, RationalQuadratic
-
-SMALL = {"layers": 2, "hidden": (16,)}
-RECIPES = {
-    "realnvp": lambda *a, **k: realnvp(*a, **{**SMALL, **k}),
-    "nsf": lambda *a, **k: nsf(*a, **{**SMALL, **k}),
-    "maf": lambda *a, **k: maf(*a, **{**SMALL, **k}),
-    "spline maf": lambda *a, **k: maf(*a, **{**SMALL, "elementwise": RationalQuadratic(), **k}),
-}
-SUPPORTS = {
-    "real": constraints.real,
-    "positive": constraints.positive,
-    "unit interval": constraints.unit_interval,
-    "interval": constraints.interval(-1.0, 3.0),
-    "greater than": constraints.greater_than(2.0),
-    "simplex": constraints.simplex,
-    "ordered": dist.constraints.ordered_vector,
-}
+from pyrogen.transforms import Elementwise, LULinear
 
 
 @pytest.fixture(params=RECIPES.values(), ids=RECIPES)
@@ -43,16 +27,6 @@ def recipe(request):
 @pytest.fixture(params=SUPPORTS.values(), ids=SUPPORTS)
 def support(request):
     return request.param
-
-
-def awake(flow):
-    """Draw every weight anew: an untrained flow is the identity, of which much holds trivially."""
-    for p in flow.parameters():
-        bound = p.shape[-1] ** -0.5 if p.ndim == 2 else 0.3
-        nn.init.uniform_(p, -bound, bound)
-    flow.shift.uniform_(-1, 1)
-    flow.scale.uniform_(0.5, 2)
-    return flow
 
 
 # The density

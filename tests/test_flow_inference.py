@@ -6,31 +6,12 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from flow_cases import RECIPES, SUPPORTS, awake
 from pyro.infer import MCMC, NUTS, SVI, Predictive, Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
-from torch import nn
-from torch.distributions import constraints
 
-from pyrogen.distributions import maf, nsf, realnvp
+from pyrogen.distributions import maf, realnvp
 from pyrogen.targets import LinearGaussian
-from pyrogen.transforms import RationalQuadratic
-
-SMALL = {"layers": 2, "hidden": (16,)}
-RECIPES = {
-    "realnvp": lambda *a, **k: realnvp(*a, **{**SMALL, **k}),
-    "nsf": lambda *a, **k: nsf(*a, **{**SMALL, **k}),
-    "maf": lambda *a, **k: maf(*a, **{**SMALL, **k}),
-    "spline maf": lambda *a, **k: maf(*a, **{**SMALL, "elementwise": RationalQuadratic(), **k}),
-}
-SUPPORTS = {
-    "real": constraints.real,
-    "positive": constraints.positive,
-    "unit interval": constraints.unit_interval,
-    "interval": constraints.interval(-1.0, 3.0),
-    "greater than": constraints.greater_than(2.0),
-    "simplex": constraints.simplex,
-    "ordered": dist.constraints.ordered_vector,
-}
 
 
 @pytest.fixture(params=RECIPES.values(), ids=RECIPES)
@@ -41,16 +22,6 @@ def recipe(request):
 @pytest.fixture(params=SUPPORTS.values(), ids=SUPPORTS)
 def support(request):
     return request.param
-
-
-def awake(flow):
-    """Draw every weight anew: an untrained flow is the identity, of which much holds trivially."""
-    for p in flow.parameters():
-        bound = p.shape[-1] ** -0.5 if p.ndim == 2 else 0.3
-        nn.init.uniform_(p, -bound, bound)
-    flow.shift.uniform_(-1, 1)
-    flow.scale.uniform_(0.5, 2)
-    return flow
 
 
 @pytest.fixture
