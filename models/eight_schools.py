@@ -35,8 +35,7 @@ class Config:
     seed: int = 0
 
 
-def fit(c: Config) -> tuple[Callable[[], None], AutoFlow]:
-    model = EightSchools().centred
+def fit(c: Config, model: Callable[[], None]) -> AutoFlow:
     guide = AutoFlow(model, partial(realnvp, layers=c.layers, hidden=c.hidden)).setup()
     elbo = StickingTheLanding(c.particles, vectorize_particles=True, max_plate_nesting=1)
     optimizer = torch.optim.Adam(guide.parameters(), c.lr)
@@ -44,12 +43,13 @@ def fit(c: Config) -> tuple[Callable[[], None], AutoFlow]:
     trainer = Trainer(elbo(model, guide), optimizer, clip=10.0, schedule=decay)
     with pyro.validation_enabled(False):  # noqa: FBT003  # a third of the time of such small steps
         trainer.fit([()], steps=c.steps)
-    return model, guide
+    return guide
 
 
 def main(c: Config) -> float:
     pyro.set_rng_seed(c.seed)
-    model, guide = fit(c)
+    model = EightSchools().centred
+    guide = fit(c, model)
     posterior = importance(model, guide, draws=c.draws)
     exact, evidence = EightSchools().posterior_mean(), EightSchools().log_evidence()
     elbo = posterior.log_weights.mean().item()

@@ -85,7 +85,8 @@ def to_arviz(
     Raises:
         ImportError: If ArviZ is not installed.
         TypeError: If the posterior is none of these.
-        ValueError: If draws do not fit one another, the chains or the model.
+        ValueError: If draws do not fit one another, the chains or the model, or data are masked
+            or scaled.
 
     Example:
         >>> draws = {"z": torch.randn(100, 3)}
@@ -225,7 +226,9 @@ def _run(
         program = over_draws(model, n, nesting=depth)
         trace = poutine.trace(poutine.condition(program, data=values)).get_trace(*args, **kwargs)
         trace.compute_log_prob()
-        free = poutine.condition(poutine.uncondition(program), data=values)
+        # Deterministic sites are observed too, and stay: drawn anew they would grow dimensions.
+        fixed = {k: site["value"] for k, site in sites(trace).items() if is_deterministic(site)}
+        free = poutine.condition(poutine.uncondition(program), data=values | fixed)
         new = sites(poutine.trace(free).get_trace(*args, **kwargs))
         likelihood, predictive, derived = {}, {}, {}
         for name, site in sites(trace).items():

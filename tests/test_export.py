@@ -260,3 +260,18 @@ def test_data_that_do_not_count_once_are_refused(handler):
 
     with pytest.raises(ValueError, match="site 'y' is masked or scaled"):
         groups({"z": torch.randn(10)}, weighted)
+
+
+def test_predictions_pass_through_deterministic_sites():
+    def nested():
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("school", 3):
+            effect = pyro.sample("effect", dist.Normal(0.0, 1.0))
+            theta = pyro.deterministic("theta", mu + effect)
+            pyro.sample("y", dist.Normal(theta, 1e-3), obs=torch.zeros(3))
+
+    draws = {"mu": torch.randn(20), "effect": torch.randn(20, 3)}
+    plain = groups(draws, nested)
+    predicted = plain.data["posterior_predictive"]["y"]
+    assert predicted.shape == (1, 20, 3)
+    assert np.allclose(predicted, plain.data["posterior"]["theta"], atol=0.01)

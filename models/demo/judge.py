@@ -106,8 +106,8 @@ class Mixture:
 
     @classmethod
     def fit(cls, data: Data, components: int) -> "Mixture":
-        x = torch.cat([data.dequantize(data.train) for _ in range(2)])  # fresh noise for each copy
-        model = GaussianMixture(components, random_state=0)
+        x = torch.cat([data.dequantize(data.train) for _ in range(4)])  # fresh noise for each copy
+        model = GaussianMixture(components, n_init=3, random_state=0)
         return cls(model.fit(x.double().numpy()))
 
     @property
