@@ -18,8 +18,9 @@ def check_batch(
 ) -> None:
     """Refuse what is not a finite floating-point batch of events.
 
-    Values are inspected on the CPU only: on an accelerator that would wait for the device at
-    every step, and ``Trainer`` stops at a loss that is not finite anyway.
+    Values are inspected on the CPU only, and not under ``vmap`` or while compiling: on an
+    accelerator that would wait for the device at every step, and ``Trainer`` stops at a loss that
+    is not finite anyway.
 
     Args:
         x: Batch, shape ``(*batch, *event_shape)`` with at least one batch dimension.
@@ -70,11 +71,18 @@ def check_batch(
             f"{owner} lives on {like.device}, got data on {x.device}. Move one of them: "
             "x.to(device) or module.to(device)."
         )
-    if x.device.type == "cpu" and not x.isfinite().all():
+    if _can_be_inspected(x) and not x.isfinite().all():
         bad = int((~x.isfinite()).sum())
         raise ValueError(
             f"{owner} expected finite data, got {bad} NaN or infinite values. Drop or impute them."
         )
+
+
+def _can_be_inspected(x: Tensor) -> bool:
+    """Whether values can decide anything: not where they are elsewhere, or stand for many."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    return not torch._C._functorch.is_functorch_wrapped_tensor(x)  # torch has no public way to ask
 
 
 def check_context(

@@ -386,3 +386,11 @@ def test_context_that_is_not_a_number_is_refused():
         nsf(2, 3)(torch.zeros(4, 3, dtype=torch.float64))
     with pytest.raises(ValueError, match=r"context=0, got 3 .*Pass no context"):
         nsf(2)(torch.zeros(4, 3))
+
+
+def test_contexts_can_be_mapped_over():
+    flow = awake(nsf(2, 3, hidden=(16,)))
+    x, c = torch.randn(5, 2), torch.randn(5, 3)
+    mapped = torch.vmap(lambda x, c: flow(c).log_prob(x))
+    with pyro.validation_enabled(False):
+        assert torch.allclose(mapped(x, c), flow(c).log_prob(x), atol=1e-5)
