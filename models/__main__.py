@@ -133,10 +133,8 @@ def table(laws: list[Law], data: Data) -> list[Row]:
     return rows
 
 
-def conditioned(laws: list[Law], x: Tensor, scale: float) -> dict[str, Completion]:
-    """Complete the pictures ``x`` from their noisy upper halves under each law."""
-    seen = x.shape[-1] // 2
-    y = x[:, :seen] + NOISE * torch.randn(len(x), seen)
+def conditioned(laws: list[Law], y: Tensor, scale: float) -> dict[str, Completion]:
+    """Complete pictures from their noisy upper halves ``y`` under each law."""
     draws, warmup = max(2, int(40 * scale)), max(2, int(60 * scale))
     completions = {}
     for law in laws:
@@ -190,12 +188,14 @@ def main(c: Config) -> list[Row]:
     report.section("Verdicts", *VERDICTS)
     report.table(HEADER, cells)
     plots.table(HEADER, cells).savefig(folder / "table.png")
-    report.section("Training", "Loss of each law against steps, raw and as a running mean.")
+    report.section("Training", "Loss of each law in units of its own, raw and as a running mean.")
     report.figure("losses", losses_figure(laws))
 
     print("3. Condition: lower halves of held-out digits from their noisy upper halves")
     x = data.dequantize(data.test[:SHOWN])
-    completions = conditioned(laws, x, c.scale)
+    seen = data.features // 2
+    y = x[:, :seen] + NOISE * torch.randn(len(x), seen)
+    completions = conditioned(laws, y, c.scale)
     report.section("Conditioning", *CONDITIONING)
     report.table(
         ("law", "error of the mean over unseen pixels", "seconds"),
@@ -204,7 +204,7 @@ def main(c: Config) -> list[Row]:
             for name, done in completions.items()
         ],
     )
-    report.figure("completions", completions_figure(completions, x, data))
+    report.figure("completions", completions_figure(completions, x, y, data))
 
     print("4. Infer: eight schools, by a learned flow corrected by importance sampling")
     found = schools(c.scale)
@@ -261,12 +261,14 @@ def losses_figure(laws: list[Law]) -> Any:
     return plots.curves(series, smooth=50)
 
 
-def completions_figure(completions: dict[str, Completion], x: Tensor, data: Data) -> Any:
+def completions_figure(
+    completions: dict[str, Completion], x: Tensor, y: Tensor, data: Data
+) -> Any:
     def pictures(rows: Tensor) -> Tensor:
         return rows.reshape(-1, *data.shape)
 
-    seen = x.clone()
-    seen[:, data.features // 2 :] = torch.nan
+    seen = torch.full_like(x, torch.nan)
+    seen[:, : y.shape[-1]] = y
     grid = {"truth": pictures(x), "seen": pictures(seen)}
     for name, done in completions.items():
         grid[f"{name}: mean"] = pictures(done.draws.mean(0))
