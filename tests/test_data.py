@@ -8,7 +8,7 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
-from models.data import digits, load
+from models.data import Data, digits, load
 
 
 def idx(array):
@@ -73,3 +73,10 @@ def test_bad_files_are_refused(tmp_path):
     (tmp_path / "words").write_bytes(b"not an array at all")
     with pytest.raises(ValueError, match=r"is not an IDX file"):
         load(str(tmp_path / "words"))
+
+
+def test_dequantised_values_stay_off_the_border():
+    white = torch.full((2000, 1000), 255.0)  # where rounding would reach 1 some 16 times
+    data = Data("white", white, white, white, shape=(1000,), levels=256)
+    assert data.dequantize(white).max() < 1
+    assert data.dequantize(torch.zeros_like(white)).min() > 0

@@ -383,3 +383,9 @@ def test_bad_input_is_refused(act, error, message):
 def test_wrong_context_is_refused(context):
     with pytest.raises(ValueError, match=r"Diffusion was built with context=3, got [04]"):
         Diffusion(ResidualMLP(2, context=3), (2,), context=3)(context)
+
+
+def test_inference_mode_is_refused_in_words():
+    law = Diffusion(ResidualMLP(2), (2,))()
+    with torch.inference_mode(), pytest.raises(RuntimeError, match=r"Use torch.no_grad instead"):
+        law.log_prob(torch.zeros(3, 2))
