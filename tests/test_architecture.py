@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "pyrogen"
 LAYERS = [
-    {"inputs"},
+    {"inputs", "parameters"},
     {"nets", "paths", "divergences"},
     {"transforms"},
     {"distributions", "targets"},

@@ -11,6 +11,7 @@ from torch import nn
 import pyrogen.distributions as pd
 import pyrogen.objectives as po
 import pyrogen.transforms as pt
+from pyrogen.divergences import kl
 from pyrogen.guides import Amortized
 from pyrogen.nets import ResidualMLP, mlp
 from pyrogen.testing import (
@@ -169,19 +170,40 @@ def elbo(estimator, **options):
     return estimator(**options)(vae.model, Amortized(vae.model, mlp(FEATURES, 2 * LATENTS)))
 
 
+def score(baseline):
+    return elbo(po.ELBO, gradient=po.ScoreFunction(baseline), num_particles=2)
+
+
 OBJECTIVES = {
+    "Annealing": lambda: elbo(po.Tempered, beta=po.Annealing(1, start=0.5, stop=0.5)),
+    "ChiSquared": lambda: elbo(po.ChiSquared, num_particles=2),
     "CriticLoss": lambda: adversarial(po.CriticLoss),
     "DenoisingScore": lambda: po.DenoisingScore(moved(diffusion())),
+    "DoublyReparameterized": lambda: elbo(po.ELBO, gradient=po.DoublyReparameterized()),
+    "ELBO": lambda: elbo(po.ELBO),
+    "FDivergence": lambda: elbo(po.FDivergence, f=kl, num_particles=2),
     "GeneratorLoss": lambda: adversarial(po.GeneratorLoss),
     "ImportanceWeighted": lambda: elbo(po.ImportanceWeighted, num_particles=2),
+    "Learned": lambda: score(po.Learned(mlp(FEATURES, 1))),
+    "LeaveOneOut": lambda: score(po.LeaveOneOut()),
     "MaximumLikelihood": lambda: po.MaximumLikelihood(pd.nsf(FEATURES, hidden=(8,))),
+    "MovingAverage": lambda: score(po.MovingAverage()),
+    "NoBaseline": lambda: score(po.NoBaseline()),
     "NonSaturating": lambda: adversarial(po.CriticLoss, game=po.NonSaturating()),
     "Relativistic": lambda: adversarial(po.GeneratorLoss, game=po.Relativistic()),
-    "StickingTheLanding": lambda: elbo(po.StickingTheLanding),
+    "Renyi": lambda: elbo(po.Renyi, alpha=0.5),
+    "Reparameterized": lambda: elbo(po.ELBO, gradient=po.Reparameterized()),
+    "ReweightedWakeSleep": lambda: elbo(po.ReweightedWakeSleep),
+    "ScoreFunction": lambda: elbo(po.ELBO, gradient=po.ScoreFunction(), num_particles=2),
+    "TailAdaptive": lambda: elbo(po.TailAdaptive, num_particles=4),
+    "Tempered": lambda: elbo(po.Tempered, beta=0.5, free_nats=0.1),
+    "Thermodynamic": lambda: elbo(po.Thermodynamic),
     "Trace_ELBO of Pyro": lambda: elbo(Trace_ELBO),
     "ZeroCentred": lambda: adversarial(po.CriticLoss, penalty=po.ZeroCentred(1.0)),
 }
-NOT_OBJECTIVES = {"Game", "UniformTime", "edm_weight"}  # parts, tested with what they are part of
+NOT_OBJECTIVES = {  # parts, tested with what they are part of
+    *("Baseline", "Bound", "Game", "Gradient", "MultiSample", "UniformTime", "edm_weight"),
+}
 
 
 @pytest.mark.parametrize("check", OBJECTIVE_CHECKS, ids=lambda f: f.__name__)

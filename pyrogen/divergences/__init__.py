@@ -1,5 +1,6 @@
-"""From two sets of draws to a number, differentiable."""
+"""From two sets of draws, or the ratio of two densities, to a number, differentiable."""
 
+from .f import alpha_divergence, jensen_shannon, kl, neyman, pearson, reverse_kl, squared_hellinger
 from .ipm import (
     Distance,
     Gaussian,
@@ -24,9 +25,16 @@ __all__ = [
     "Mixture",
     "Polynomial",
     "RationalQuadratic",
+    "alpha_divergence",
     "energy_distance",
+    "jensen_shannon",
+    "kl",
     "mmd",
     "mmd_v",
+    "neyman",
+    "pearson",
+    "reverse_kl",
     "sliced_wasserstein",
+    "squared_hellinger",
     "wasserstein_1d",
 ]
