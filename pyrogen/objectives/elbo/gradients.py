@@ -110,8 +110,11 @@ class ScoreFunction(Gradient):
         self, model: Callable, guide: Callable, nesting: Any, args: tuple, kwargs: dict
     ) -> Run:
         _check_runs_alone(guide, type(self).__name__)
-        guide = Detached()(guide)
-        p, q = get_importance_trace("flat", nesting, model, guide, args, kwargs)
+        drawn = poutine.trace(Detached()(guide)).get_trace(*args, **kwargs)
+        for name, value in _draws(drawn):  # the trace saw them before they were detached
+            if not is_point(drawn.nodes[name]["fn"]):
+                drawn.nodes[name]["value"] = value.detach()
+        p, q = _scored_on(dict(_draws(drawn)), drawn, model, nesting, args, kwargs)
         for name in q.stochastic_nodes:
             site = q.nodes[name]
             if not is_point(site["fn"]):
@@ -180,24 +183,13 @@ class DoublyReparameterized(Gradient):
             name: crossing(value, rest[name], drawn.nodes[name]["fn"])
             for name, value in _draws(drawn)
         }
-        on_draws = poutine.trace(_on(crossed, drawn, model)).get_trace(*args, **kwargs)
-
-        if is_validation_enabled():
-            check_model_guide_match(on_draws, drawn, nesting)
-        on_draws, drawn = prune_subsample_sites(on_draws), prune_subsample_sites(drawn)
-        on_draws.compute_log_prob()
-        drawn.compute_score_parts()
+        p, q = _scored_on(crossed, drawn, model, nesting, args, kwargs)
         held.compute_log_prob()
-        for name in drawn.stochastic_nodes:
-            _check_path(name, drawn.nodes[name])
-            if is_point(drawn.nodes[name]["fn"]):
+        for name in q.stochastic_nodes:
+            _check_path(name, q.nodes[name])
+            if is_point(q.nodes[name]["fn"]):
                 held.remove_node(name)
-        if is_validation_enabled():
-            for one in (on_draws, drawn):
-                for site in one.nodes.values():
-                    if site["type"] == "sample":
-                        check_site_shape(site, nesting)
-        return Run(on_draws, drawn, held=held, crossing=crossing)
+        return Run(p, q, held=held, crossing=crossing)
 
 
 def _draws(trace: Any) -> list[tuple[str, Any]]:
@@ -212,6 +204,28 @@ def _on(draws: Mapping[str, Any], trace: Trace, fn: Callable) -> Callable:
         site: Any = trace.nodes[name]
         replayed.add_node(name, **(site | {"value": value}))
     return poutine.replay(fn, trace=replayed)
+
+
+def _scored_on(
+    draws: Mapping[str, Any],
+    guide_trace: Trace,
+    model: Callable,
+    nesting: Any,
+    args: tuple,
+    kwargs: dict,
+) -> tuple[Trace, Trace]:
+    """Run the model on these values, and score both traces, as ``get_importance_trace`` does."""
+    p = poutine.trace(_on(draws, guide_trace, model)).get_trace(*args, **kwargs)
+    if is_validation_enabled():
+        check_model_guide_match(p, guide_trace, nesting)
+    p, q = prune_subsample_sites(p), prune_subsample_sites(guide_trace)
+    p.compute_log_prob()
+    q.compute_score_parts()
+    if is_validation_enabled():
+        for site in (*p.nodes.values(), *q.nodes.values()):
+            if site["type"] == "sample":
+                check_site_shape(site, nesting)
+    return p, q
 
 
 def _check_path(name: str, site: Any) -> None:
