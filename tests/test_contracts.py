@@ -2,6 +2,7 @@
 
 import inspect
 
+import pyro
 import pyro.distributions as dist
 import pytest
 import torch
@@ -13,6 +14,7 @@ import pyrogen.objectives as po
 import pyrogen.transforms as pt
 from pyrogen.divergences import kl
 from pyrogen.guides import Amortized
+from pyrogen.inputs import check_batch
 from pyrogen.nets import ResidualMLP, mlp
 from pyrogen.testing import (
     DISTRIBUTION_CHECKS,
@@ -72,8 +74,27 @@ MODULES = {  # name -> (module, what it is called with)
         latent_variable(pd.HeteroscedasticGaussian((FEATURES,)), 2 * FEATURES),
         (context(),),
     ),
+    "CorrelatedGaussian": lambda: (
+        latent_variable(pd.CorrelatedGaussian((FEATURES,)), FEATURES),
+        (context(),),
+    ),
+    "BernoulliLogits": lambda: (
+        latent_variable(pd.BernoulliLogits((FEATURES,)), FEATURES),
+        (context(),),
+    ),
+    "LogisticLevels": lambda: (
+        latent_variable(pd.LogisticLevels((FEATURES,), 5, components=2), 6 * FEATURES),
+        (context(),),
+    ),
+    "CategoricalLevels": lambda: (
+        latent_variable(pd.CategoricalLevels((FEATURES,), 5), 5 * FEATURES),
+        (context(),),
+    ),
 }
 VALUES = {  # made without a module
+    "DiscretizedLogistic": lambda: pd.DiscretizedLogistic(
+        torch.linspace(-2, 6, 4), torch.tensor(0.5), 5
+    ),
     "Pushforward": lambda: pd.Pushforward(
         torch.square, dist.Normal(torch.zeros(4, 2), 1.0).to_event(1), (2,)
     ),
@@ -93,6 +114,7 @@ COVERED = {  # made or used by the entries above
 }
 ABSTRACT_OR_TESTED_ELSEWHERE = {
     "Denoiser": "abstract",
+    "Likelihood": "abstract",
     "LikelihoodFree": "abstract",
     "ExactDenoiser": "tests/test_samplers.py, by exact scores",
     "FrozenScore": "tests/test_samplers.py: it needs an Ornstein-Uhlenbeck path",
@@ -170,6 +192,36 @@ def elbo(estimator, **options):
     return estimator(**options)(vae.model, Amortized(vae.model, mlp(FEATURES, 2 * LATENTS)))
 
 
+class Even(nn.Module):
+    """A prior of fair coins."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("zero", torch.zeros(LATENTS))
+
+    def forward(self, context=None):
+        return dist.Bernoulli(logits=self.zero).to_event(1)
+
+
+class Coins(nn.Module):
+    """A guide of Bernoullis."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = mlp(FEATURES, LATENTS)
+
+    def forward(self, x):
+        check_batch(x, (FEATURES,), owner="Coins", like=next(self.parameters()))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Bernoulli(logits=self.encoder(x)).to_event(1))
+
+
+def discrete(gradient):
+    net = mlp(LATENTS, FEATURES, (8,))
+    vae = pd.LatentVariable(net, LATENTS, event_shape=(FEATURES,), prior=Even())
+    return po.ELBO(2, gradient=gradient)(vae.model, Coins())
+
+
 def score(baseline):
     return elbo(po.ELBO, gradient=po.ScoreFunction(baseline), num_particles=2)
 
@@ -190,11 +242,13 @@ OBJECTIVES = {
     "MovingAverage": lambda: score(po.MovingAverage()),
     "NoBaseline": lambda: score(po.NoBaseline()),
     "NonSaturating": lambda: adversarial(po.CriticLoss, game=po.NonSaturating()),
+    "Rebar": lambda: discrete(po.Rebar()),
     "Relativistic": lambda: adversarial(po.GeneratorLoss, game=po.Relativistic()),
     "Renyi": lambda: elbo(po.Renyi, alpha=0.5),
     "Reparameterized": lambda: elbo(po.ELBO, gradient=po.Reparameterized()),
     "ReweightedWakeSleep": lambda: elbo(po.ReweightedWakeSleep),
     "ScoreFunction": lambda: elbo(po.ELBO, gradient=po.ScoreFunction(), num_particles=2),
+    "StraightThrough": lambda: discrete(po.StraightThrough()),
     "TailAdaptive": lambda: elbo(po.TailAdaptive, num_particles=4),
     "Tempered": lambda: elbo(po.Tempered, beta=0.5, free_nats=0.1),
     "Thermodynamic": lambda: elbo(po.Thermodynamic),

@@ -15,10 +15,12 @@ __all__ = [
     "MovingAverage",
     "MultiSample",
     "NoBaseline",
+    "Rebar",
     "Renyi",
     "Reparameterized",
     "ReweightedWakeSleep",
     "ScoreFunction",
+    "StraightThrough",
     "TailAdaptive",
     "Tempered",
     "Thermodynamic",
@@ -31,5 +33,7 @@ from .evidence import ELBO, Annealing, Tempered
 from .gradients import DoublyReparameterized, Gradient, Reparameterized, ScoreFunction
 from .importance_weighted import ChiSquared, ImportanceWeighted, Renyi
 from .multi_sample import MultiSample
+from .rebar import Rebar
+from .relaxed import StraightThrough
 from .thermodynamic import Thermodynamic
 from .wake_sleep import ReweightedWakeSleep

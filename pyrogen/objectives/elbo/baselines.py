@@ -2,6 +2,7 @@
 
 __all__ = ["Baseline", "Learned", "LeaveOneOut", "MovingAverage", "NoBaseline"]
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
@@ -92,7 +93,8 @@ class MovingAverage(Baseline):
         self, site: str, signal: Tensor, others: Tensor | None, *args: Any, **kwargs: Any
     ) -> Tensor:
         past, now = self.past.get(site), signal.mean().item()
-        self.past[site] = now if past is None else self.decay * past + (1 - self.decay) * now
+        if math.isfinite(now):  # else it would never recover
+            self.past[site] = now if past is None else self.decay * past + (1 - self.decay) * now
         return signal.new_tensor(past or 0.0)
 
     def get_extra_state(self) -> dict[str, float]:
@@ -115,6 +117,7 @@ class Learned(Baseline):
 
     Raises:
         ValueError: If the network's output does not fit the signal.
+        TypeError: If ``net`` is not a module.
 
     References:
         Mnih, Gregor. Neural Variational Inference and Learning in Belief Networks. ICML 2014.
@@ -130,6 +133,11 @@ class Learned(Baseline):
         self, net: nn.Module, *, select: Callable[..., Tensor] = lambda x, *_, **__: x
     ) -> None:
         super().__init__()
+        if not isinstance(net, nn.Module):
+            raise TypeError(
+                f"Learned expected a network, got {net!r}. Pass a module from the data to one "
+                "number a datum."
+            )
         self.net = net
         self.select = select
 
@@ -160,6 +168,7 @@ class LeaveOneOut(Baseline):
 
     Raises:
         ValueError: If ``strength`` is not positive.
+        TypeError: If ``toward`` is not a baseline.
 
     References:
         Kool, van Hoof, Welling. Buy 4 REINFORCE Samples, Get a Baseline for Free! ICLR workshop
@@ -181,6 +190,11 @@ class LeaveOneOut(Baseline):
             raise ValueError(
                 f"LeaveOneOut expected a positive strength, got {strength}. Pass the number of "
                 "particles that the other baseline is worth, or leave it out."
+            )
+        if not (toward is None or isinstance(toward, Baseline)):
+            raise TypeError(
+                f"LeaveOneOut expected a baseline, got {toward!r}. Pass an object such as "
+                "MovingAverage(), or leave it out."
             )
         self.toward = toward
         self.strength = strength

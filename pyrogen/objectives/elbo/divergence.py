@@ -37,6 +37,7 @@ class FDivergence(MultiSample):
 
     Raises:
         ValueError: If ``num_particles`` is below 2: one draw is always at the estimated evidence.
+        TypeError: If ``f`` is not a function.
         NotImplementedError: If a subsampled plate does not hold every site.
 
     References:
@@ -70,6 +71,11 @@ class FDivergence(MultiSample):
             raise ValueError(
                 "FDivergence expected at least 2 particles, got 1. One weight over its own mean "
                 "is 1, whatever the guide: pass more particles, or use ELBO."
+            )
+        if not callable(f):
+            raise TypeError(
+                f"FDivergence expected a function of the log-ratio, got {f!r}. Pass one of "
+                "pyrogen.divergences, such as kl."
             )
         self.f = f
 

@@ -19,12 +19,14 @@ class Linear(Bound):
     """A bound that is a mean over particles of a sum over sites: each draw answers for its own."""
 
     @abstractmethod
-    def _weights(self, runs: Sequence[Run]) -> tuple[dict[str, Any], Tensor]:
+    def _weights(self, runs: Sequence[Run]) -> tuple[dict[str, Any], Any]:
         """Return what multiplies the log-densities of named sites, and what the loss adds."""
 
     def _evaluate(self, runs: Sequence[Run], args: tuple, kwargs: dict) -> tuple[Tensor, Tensor]:
         weights, constant = self._weights(runs)
         value = constant - sum(run.value(weights) for run in runs) / self.num_particles
+        if not torch.is_grad_enabled():
+            return value, value
         surrogate = -sum(run.path(weights) for run in runs) / self.num_particles
         for name in dict.fromkeys(name for run in runs for name in run.scored):
             surrogate = surrogate + self._score(name, runs, weights, args, kwargs)
@@ -49,6 +51,7 @@ class Linear(Bound):
             others = (signal.sum(0) - signal) / (len(signal) - 1)
         guess = self.gradient.baseline(name, signal, others, *args, **kwargs)
         gain = signal - guess
+        self.gradient.observe(name, runs, gain.detach(), self._stack)
         parts = zip(self._unstack(gain.detach()), score, strict=True)
         total = -sum((g * s).sum() for g, s in parts if s is not None)
         if guess.requires_grad:
@@ -117,8 +120,8 @@ class ELBO(Linear):
             retain_graph=retain_graph,
         )
 
-    def _weights(self, runs: Sequence[Run]) -> tuple[dict[str, Any], Tensor]:
-        return {}, torch.zeros(())
+    def _weights(self, runs: Sequence[Run]) -> tuple[dict[str, Any], Any]:
+        return {}, 0.0
 
 
 class Annealing(nn.Module):
@@ -221,10 +224,10 @@ class Tempered(Linear):
         self.beta = beta
         self.free_nats = free_nats
 
-    def _weights(self, runs: Sequence[Run]) -> tuple[dict[str, Any], Tensor]:
+    def _weights(self, runs: Sequence[Run]) -> tuple[dict[str, Any], Any]:
         beta = self.beta() if isinstance(self.beta, nn.Module) else self.beta
         weights: dict[str, float] = {}
-        constant = torch.zeros(())
+        constant = 0.0
         for group in _groups(runs[0]):
             divergence, cells = _divergence(runs, group)
             free = bool(divergence < self.free_nats)

@@ -3,7 +3,7 @@
 __all__ = ["DoublyReparameterized", "Gradient", "Reparameterized", "ScoreFunction"]
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from pyro.poutine import Trace
 from pyro.poutine.guide import GuideMessenger
 from pyro.poutine.util import prune_subsample_sites
 from pyro.util import check_model_guide_match, check_site_shape
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from .baselines import Baseline, LeaveOneOut
@@ -49,6 +49,22 @@ class Gradient(nn.Module, ABC):
         self, model: Callable, guide: Callable, nesting: Any, args: tuple, kwargs: dict
     ) -> Run:
         """Run the guide, and the model on its draws."""
+
+    def observe(
+        self,
+        name: str,
+        runs: Sequence[Run],
+        gain: Tensor,
+        stack: Callable[[Sequence[Tensor]], Tensor],
+    ) -> None:
+        """Learn for the steps to come, once the runs of this one are made.
+
+        Args:
+            name: Guide site that goes by its score.
+            runs: The runs of all particles.
+            gain: What multiplies the site's score, shape ``(particles, *plates)``.
+            stack: From one tensor a run, in the shape of the plates, to the shape of ``gain``.
+        """
 
 
 class Reparameterized(Gradient):
@@ -137,7 +153,7 @@ class DoublyReparameterized(Gradient):
     the plain gradient falls. In every case the mean is that of the plain gradient.
 
     :math:`\log q_\phi` without its score comes from a second run of the guide with its draws held.
-    Densities of ``Delta`` sites are left alone: they are the Jacobians of transforms.
+    Densities of ``Delta`` sites and of factors keep theirs: they are the Jacobians of transforms.
 
     Cost: one more run of the guide per particle, when gradients are on.
 
@@ -179,17 +195,22 @@ class DoublyReparameterized(Gradient):
         again = {n: v.detach() for n, v in _draws(drawn) if not is_point(drawn.nodes[n]["fn"])}
         held = poutine.trace(_on(again, drawn, guide)).get_trace(*args, **kwargs)
         crossing, rest = Crossing(), dict(_draws(held))
-        crossed = {
-            name: crossing(value, rest[name], drawn.nodes[name]["fn"])
-            for name, value in _draws(drawn)
-        }
+        crossed = dict(_draws(drawn))
+        for name, value in crossed.items():
+            if value.requires_grad:  # and so is no subsample, which has no event
+                site: Any = drawn.nodes[name]
+                crossed[name] = crossing(value, rest[name], site["fn"].event_dim)
         p, q = _scored_on(crossed, drawn, model, nesting, args, kwargs)
         held.compute_log_prob()
-        for name in q.stochastic_nodes:
-            _check_path(name, q.nodes[name])
-            if is_point(q.nodes[name]["fn"]):
-                held.remove_node(name)
-        return Run(p, q, held=held, crossing=crossing)
+        run = Run(p, q, held=held, crossing=crossing)
+        for name, site in run.q.items():
+            _check_path(name, site)
+            _check_same(name, site, held.nodes[name])
+        for name in run.jacobians:
+            own = held.nodes[name]["unscaled_log_prob"]
+            run.q[name]["unscaled_log_prob"] = crossing(run.q[name]["unscaled_log_prob"], own, 0)
+            held.remove_node(name)
+        return run
 
 
 def _draws(trace: Any) -> list[tuple[str, Any]]:
@@ -234,6 +255,18 @@ def _check_path(name: str, site: Any) -> None:
             f"Guide site {name!r} is {type(bare(site['fn'])).__name__}, which is not "
             "reparameterized. DoublyReparameterized needs rsample; use Reparameterized, which "
             "takes the score of such sites."
+        )
+
+
+def _check_same(name: str, site: Any, again: Any) -> None:
+    first, second = site["unscaled_log_prob"], again["unscaled_log_prob"]
+    if is_validation_enabled() and not torch.allclose(
+        first, second, rtol=1e-2, atol=1e-2, equal_nan=True
+    ):
+        raise ValueError(
+            f"Guide site {name!r} has another density when the guide runs again on the same "
+            "draws. DoublyReparameterized needs a guide that is random in its sites alone: make "
+            "other noise a site, call eval(), or use gradient=Reparameterized()."
         )
 
 

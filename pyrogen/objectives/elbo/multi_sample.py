@@ -18,14 +18,17 @@ from .run import Run, sum_over
 
 
 class Weighed:
-    """A run's log-weight in the cells of the plates that all its sites share."""
+    """A run's log-weight in the cells of the plates that all its sites share.
+
+    ``log_q`` is that of the guide's draws; what draws nothing, a Jacobian, counts in ``log_p``.
+    """
 
     def __init__(self, run: Run, cells: set[CondIndepStackFrame]) -> None:
         self.run = run
         sites = run.sites
         outside = math.prod(map(_scale, cells))
         inside = [site["scale"] / outside for site in sites]
-        if all(torch.equal(*map(torch.as_tensor, (s, inside[0]))) for s in inside):
+        if inside and all(torch.equal(*map(torch.as_tensor, (s, inside[0]))) for s in inside):
             outside, inside = outside * inside[0], [1.0] * len(inside)
         self.scale = outside
 
@@ -36,10 +39,12 @@ class Weighed:
             log_prob = scale_and_mask(log_prob, powers[id(site)], site["mask"])
             return _sum_all_but(dims, torch.as_tensor(log_prob))
 
-        zero = sites[0]["log_prob"].new_zeros(())
+        zero = sites[0]["log_prob"].new_zeros(()) if sites else torch.zeros(())
+        jacobians = run.jacobians
         p = (in_cells(site, site["unscaled_log_prob"]) for site in run.p.values())
-        q = (in_cells(site, run.path_log_prob(name)) for name, site in run.q.items())
-        self.log_p, self.log_q = sum(p, zero), sum(q, zero)
+        q = {name: in_cells(site, run.path_log_prob(name)) for name, site in run.q.items()}
+        self.log_p = sum(p, zero) - sum((q.pop(name) for name in jacobians), zero)
+        self.log_q = sum(q.values(), zero)
         scores = (site["score_parts"].score_function for site in run.scored.values())
         self.score = sum((_sum_all_but(dims, score) for score in scores), zero)
 
@@ -50,8 +55,9 @@ def weigh(runs: Sequence[Run], *, particles: int) -> list[Weighed]:
     Raises:
         NotImplementedError: If a subsampled plate does not hold every site.
     """
-    cells = set.intersection(*(_plates(site) for run in runs for site in run.sites))
-    if particles > 1:
+    plates = [_plates(site) for run in runs for site in run.sites]
+    cells = set.intersection(*plates) if plates else set()
+    if particles > 1 and plates:
         _check_subsampling(runs[0].sites, cells)
     return [Weighed(run, cells) for run in runs]
 
@@ -152,6 +158,8 @@ class MultiSample(Bound):
         fixed = log_weight.detach()
 
         loss = self.sign * (scale * self.value(fixed)).sum()
+        if not torch.is_grad_enabled():
+            return loss, loss
         if runs[0].held is None:
             surrogate = self.sign * (scale * self.value(log_weight)).sum()
         else:
@@ -164,8 +172,9 @@ class MultiSample(Bound):
     def _along_path(self, weighed: Sequence[Weighed], fixed: Tensor) -> Tensor:
         """The guide by its path weights, the model by its own, each in the plates' cells."""
         path, own = self.path_weight(fixed), self.model_weight(fixed)
-        tiny = torch.finfo(own.dtype).tiny
-        own = torch.where(own.abs() < tiny, tiny, own)
+        limits = torch.finfo(own.dtype)
+        least = limits.eps * path.abs() + limits.tiny  # so that their ratio is finite
+        own = torch.where(own.abs() < least, least, own)
         total = torch.zeros(())
         for w, c, v in zip(weighed, self._unstack(path), self._unstack(own), strict=True):
             if w.run.crossing is not None:

@@ -12,7 +12,6 @@ from pyro.distributions.util import is_identically_zero, scale_and_mask
 from pyro.poutine import Trace
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.poutine.messenger import Messenger
-from pyro.poutine.runtime import Message
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import Distribution, Independent
@@ -96,6 +95,19 @@ class Run:
                     cost = cost + sign * weights.get(name, 1.0) * term
         return cost
 
+    @property
+    def jacobians(self) -> set[str]:
+        """The guide's sites that draw nothing: factors, and the Jacobians of ``Delta`` sites.
+
+        They are no laws, so their gradient has no score to leave out.
+        """
+        return {
+            name
+            for name, site in self.q.items()
+            if (site["is_observed"] or is_point(site["fn"]))
+            and is_identically_zero(site["score_parts"].score_function)
+        }
+
     def path_log_prob(self, name: str) -> Tensor:
         """Log q of a guide site, unscaled, with gradient along the draws alone."""
         log_prob = self.q[name]["unscaled_log_prob"]
@@ -114,15 +126,14 @@ class Crossing:
     def __init__(self) -> None:
         self.factor: Tensor | None = None  # batch shape of the sites
 
-    def __call__(self, value: Tensor, held: Tensor, fn: Any) -> Tensor:
+    def __call__(self, value: Tensor, held: Tensor, event_dim: int) -> Tensor:
         """Return ``value``; gradient goes to it by the factor, to ``held`` by one less the factor.
 
-        What remains of a draw when the guide's draws are held is a parameter of its own, as in
+        What remains of a value when the guide's draws are held is a parameter of its own, as in
         ``Delta(loc)``, and its gradient is no path.
         """
         if not value.requires_grad:
             return value
-        event_dim = fn.event_dim
         crossed = value.view_as(value)
         crossed.register_hook(lambda g: self._multiply(g, self.factor, event_dim))
         if held.requires_grad:
@@ -148,16 +159,20 @@ class OneSubsample(Messenger):
 
     def __init__(self) -> None:
         super().__init__()
-        self.drawn: dict[str | None, Any] = {}
+        self.drawn: dict[tuple, Any] = {}
 
-    def _pyro_sample(self, msg: Message) -> None:
-        if site_is_subsample(msg) and msg["name"] in self.drawn:
-            msg["value"] = self.drawn[msg["name"]]
+    def _pyro_sample(self, msg: Any) -> None:
+        if site_is_subsample(msg) and self._key(msg) in self.drawn:
+            msg["value"] = self.drawn[self._key(msg)]
             msg["done"] = True
 
-    def _pyro_post_sample(self, msg: Message) -> None:
+    def _pyro_post_sample(self, msg: Any) -> None:
         if site_is_subsample(msg):
-            self.drawn[msg["name"]] = msg["value"]
+            self.drawn[self._key(msg)] = msg["value"]
+
+    @staticmethod
+    def _key(msg: Any) -> tuple:
+        return msg["name"], msg["fn"].size, msg["fn"].subsample_size  # sizes may be random too
 
 
 class Detached(Messenger):
