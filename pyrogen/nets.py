@@ -1,6 +1,7 @@
 """Plain torch networks."""
 
 __all__ = [
+    "Incomplete",
     "MaskedLinear",
     "ResidualMLP",
     "Standardized",
@@ -50,6 +51,43 @@ class Standardized(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net((x - self.shift) / self.scale)
+
+
+class Incomplete(nn.Module):
+    """A network that reads incomplete data, in which NaN marks a missing number.
+
+    It sees the data with zeros in the gaps and, beside them, a mask: 1 where a number was
+    observed, 0 where it is missing. Around it, ``Standardized`` fills the gaps with the mean. A
+    guide whose encoder contains it accepts NaN; the model must score the observed numbers only.
+
+    Args:
+        net: Network with inputs for data and mask: ``mlp(2 * features, ...)`` for vectors.
+        dim: Dimension along which the mask is laid beside the data: -1 for vectors, -3 for
+            images.
+
+    Shape:
+        That of ``net``, with half of its inputs along ``dim``.
+
+    References:
+        Mattei, Frellsen. MIWAE: Deep Generative Modelling and Imputation of Incomplete Data Sets.
+        ICML 2019. arXiv:1812.02633
+        Ma et al. EDDI: Efficient Dynamic Discovery of High-Value Information with Partial VAE.
+        ICML 2019. arXiv:1809.11142
+
+    Example:
+        >>> Incomplete(nn.Identity())(torch.tensor([[3.0, torch.nan]]))
+        tensor([[3., 0., 1., 0.]])
+    """
+
+    def __init__(self, net: nn.Module, *, dim: int = -1) -> None:
+        super().__init__()
+        self.net = net
+        self.dim = dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        missing = x.isnan()
+        known = x.masked_fill(missing, 0.0)
+        return self.net(torch.cat([known, (~missing).to(x)], dim=self.dim))
 
 
 def mlp(

@@ -1,5 +1,6 @@
 """One encoder for the posteriors of all data."""
 
+import functools
 import io
 
 import pyro
@@ -10,14 +11,18 @@ from pyro import poutine
 from pyro.infer import SVI, Predictive, Trace_ELBO
 from pyro.infer.autoguide import AutoGuideList, AutoNormal
 from torch import nn
+from torch.distributions import biject_to
 
-from pyrogen.guides import Amortized
-from pyrogen.objectives import ImportanceWeighted, StickingTheLanding
+from pyrogen.distributions import nsf
+from pyrogen.guides import Amortized, Diagonal, FlowFamily, FullCovariance, LowRank
+from pyrogen.inference import importance
+from pyrogen.objectives import ELBO, DoublyReparameterized, ImportanceWeighted
 from pyrogen.targets import LinearGaussian
 
 
 def fit(model, guide, *args, steps=300, lr=0.03):
-    elbo = StickingTheLanding(4, vectorize_particles=True, max_plate_nesting=1)(model, guide)
+    loss = ELBO(4, gradient=DoublyReparameterized(), vectorize_particles=True, max_plate_nesting=1)
+    elbo = loss(model, guide)
     optimizer = torch.optim.Adam(guide.parameters(), lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(steps):
@@ -104,7 +109,7 @@ def test_several_sites_with_events_and_supports(size, vectorize):
     held = size or 9
     shapes = {name: value.shape for name, value in guide(x, size).items()}
     assert shapes == {"a": (held, 2, 3), "b": (held, 3), "c": (held,), "d": (held, 2)}
-    for elbo in (StickingTheLanding, ImportanceWeighted):
+    for elbo in (ELBO, ImportanceWeighted):
         loss = elbo(3, vectorize_particles=vectorize)(nn.Module(), guide).elbo
         assert loss.differentiable_loss(several, guide, x, size).isfinite()
     for name, q in guide.posterior(x).items():
@@ -131,7 +136,7 @@ class Echo(nn.Module):
 
 
 def peek(model, *args, **kwargs):
-    guide = Amortized(model, Echo(), init_scale=1e-6, **kwargs)
+    guide = Amortized(model, Echo(), family=Diagonal(1e-6), **kwargs)
     trace = poutine.trace(guide).get_trace(*args)
     replayed = poutine.trace(poutine.replay(model, trace=trace)).get_trace(*args)
     return trace.nodes["z"]["value"], replayed.nodes["x"]["value"], replayed.nodes["x"]["scale"]
@@ -184,7 +189,7 @@ def test_batch_size_may_change_between_calls():
     guide = Amortized(model, nn.Linear(1, 2))
     for size in (6, 2, 5):
         assert guide(DATA[:size])["z"].shape == (size,)
-        assert StickingTheLanding().loss(model, guide, DATA[:size]) > 0
+        assert ELBO().loss(model, guide, DATA[:size]) > 0
 
 
 def test_encoder_may_read_another_argument():
@@ -192,7 +197,7 @@ def test_encoder_may_read_another_argument():
         with pyro.plate("data", len(x)):
             local(scale * x)
 
-    guide = Amortized(model, Echo(), select=lambda scale, x: scale * x, init_scale=1e-6)
+    guide = Amortized(model, Echo(), select=lambda scale, x: scale * x, family=Diagonal(1e-6))
     assert torch.allclose(guide(2.0, DATA)["z"], 2 * DATA[:, 0], atol=1e-4)
 
 
@@ -205,7 +210,7 @@ def test_plate_further_left_keeps_its_dimension():
 
     guide = Amortized(model, nn.Linear(2, 2))
     assert guide(torch.randn(5, 2))["z"].shape == (5, 1)
-    assert StickingTheLanding().loss(model, guide, torch.randn(5, 2)) > 0
+    assert ELBO().loss(model, guide, torch.randn(5, 2)) > 0
 
 
 def hierarchical(x):
@@ -216,17 +221,17 @@ def hierarchical(x):
 
 
 def test_global_site_is_refused_and_has_a_place_beside():
-    with pytest.raises(NotImplementedError, match=r"'m' lies in no plate.*AutoGuideList"):
+    with pytest.raises(NotImplementedError, match=r"'m' lies in no plate.*Mixed"):
         Amortized(hierarchical, nn.Linear(1, 2)).setup(DATA)
 
     guide = AutoGuideList(hierarchical)
     guide.append(AutoNormal(poutine.block(hierarchical, expose=["m"])))
-    local_part = Amortized(poutine.block(hierarchical, hide=["m"]), Echo(), init_scale=1e-6)
+    local_part = Amortized(poutine.block(hierarchical, hide=["m"]), Echo(), family=Diagonal(1e-6))
     guide.append(local_part)
     trace = poutine.trace(guide).get_trace(DATA)
     replayed = poutine.trace(poutine.replay(hierarchical, trace=trace)).get_trace(DATA)
     assert torch.allclose(trace.nodes["z"]["value"], replayed.nodes["x"]["value"], atol=1e-4)
-    assert StickingTheLanding(2).loss(hierarchical, guide, DATA) > 0
+    assert ELBO(2).loss(hierarchical, guide, DATA) > 0
 
 
 def test_initial_scale_is_small_and_bounded():
@@ -283,8 +288,8 @@ def plate_of(*shape, fn=None, dim=-1):
     return model
 
 
-def nested(x):
-    with pyro.plate("data", len(x), dim=-2), pyro.plate("inner", 3, dim=-1):
+def inner_part(x):
+    with pyro.plate("data", 9, subsample_size=len(x), dim=-2), pyro.plate("inner", 3, 2, dim=-1):
         pyro.sample("z", dist.Normal(0.0, 1.0))
 
 
@@ -308,8 +313,8 @@ def reordered(x):
     ("model", "error", "match"),
     [
         (plate_of(fn=dist.Bernoulli(0.5)), NotImplementedError, "'z' is discrete.*TraceEnum_ELBO"),
-        (nested, NotImplementedError, "'z' lies in the plates .*to_event"),
-        (two_plates, NotImplementedError, "got sites in several.*plate a.*AutoGuideList"),
+        (inner_part, NotImplementedError, "'inner' holds a subsample inside .*'data'.*plate="),
+        (two_plates, NotImplementedError, "sites in several.*plate a.*AutoGuideList"),
         (observed_only, ValueError, "no latent site"),
         (reordered, NotImplementedError, "'data' reorders all its 6 data"),
         (
@@ -340,18 +345,20 @@ def test_bad_data_are_refused(x, error, match):
 
 
 def test_misfits_say_what_to_do():
-    with pytest.raises(ValueError, match=r"shape \(6, 2\), got \(6, 3\).*2 outputs for each.*z"):
+    with pytest.raises(
+        ValueError, match=r"shape \(6, 2\), got \(6, 3\).*2 outputs.*Diagonal.*z \(1\)"
+    ):
         Amortized(plate_of(), nn.Linear(1, 3))(DATA)
     with pytest.raises(ValueError, match=r"holds 3 of 6 data, and the encoder got 5.*select="):
         Amortized(drawn_by_plate, nn.Linear(1, 2), select=lambda x: x[:5])(DATA)
-    with pytest.raises(ValueError, match="positive init_scale"):
-        Amortized(plate_of(), nn.Linear(1, 2), init_scale=0.0)
+    with pytest.raises(TypeError, match="expected a family, got float"):
+        Amortized(plate_of(), nn.Linear(1, 2), family=0.1)
     with pytest.raises(RuntimeError, match=r"guide.setup\(\*args\)"):
         Amortized(plate_of(), nn.Linear(1, 2)).posterior(DATA)
 
 
 def test_constant_bounds_are_those_of_one_datum():
-    guide = Amortized(several, nn.Linear(2, 22), init_scale=100.0).setup(torch.randn(9, 2))
+    guide = Amortized(several, nn.Linear(2, 22), family=Diagonal(100.0)).setup(torch.randn(9, 2))
     draws = guide.posterior(torch.randn(3, 2))["c"].sample((500,))
     assert draws.shape == (500, 3)
     assert draws.min() == pytest.approx(1.0, abs=0.01)
@@ -365,4 +372,129 @@ def test_bounds_repeated_for_every_datum_do_not_fix_the_batch_size():
 
     guide = Amortized(model, nn.Linear(1, 2)).setup(DATA)
     assert guide(DATA[:2])["z"].shape == (2,)
-    assert StickingTheLanding().loss(model, guide, DATA[:4]) != 0
+    assert ELBO().loss(model, guide, DATA[:4]) != 0
+
+
+# Families that tie the sites together
+
+JOINT = {
+    "full": FullCovariance,
+    "low rank": functools.partial(LowRank, 2),
+    "flow": functools.partial(FlowFamily, functools.partial(nsf, layers=1, hidden=(8,)), 2),
+}
+joint = pytest.mark.parametrize("make", JOINT.values(), ids=JOINT)
+
+
+@joint
+@pytest.mark.parametrize("size", [None, 4])
+@pytest.mark.parametrize("vectorize", [False, True])
+def test_joint_family_over_several_supports(make, size, vectorize):
+    x = torch.randn(9, 2)
+    family = make()
+    guide = Amortized(several, nn.Linear(2, family.setup(11).outputs), family=family)
+    held = size or 9
+    shapes = {name: value.shape for name, value in guide(x, size).items()}
+    assert shapes == {"a": (held, 2, 3), "b": (held, 3), "c": (held,), "d": (held, 2)}
+    for loss in (ELBO, functools.partial(ELBO, gradient=DoublyReparameterized())):
+        elbo = loss(3, vectorize_particles=vectorize)
+        assert elbo.differentiable_loss(several, guide, x, size).isfinite()
+    if size is None:
+        bound = ImportanceWeighted(3, vectorize_particles=vectorize)
+        assert bound.differentiable_loss(several, guide, x, size).isfinite()
+    assert {name: value.shape for name, value in guide.median(x, size).items()} == shapes
+
+
+@joint
+def test_density_of_a_joint_draw_is_that_of_its_law(make):
+    """Of the sites together: the law of the unconstrained latents, and the maps' Jacobians."""
+    x = torch.randn(5, 2, dtype=torch.float64)
+    family = make()
+    encoder = nn.Linear(2, family.setup(11).outputs).double()
+    guide = Amortized(several, encoder, family=family)
+    trace = poutine.trace(guide).get_trace(x)
+    trace.compute_log_prob()
+    latents, ladj = [], 0.0
+    for name, support in [
+        ("a", dist.constraints.independent(dist.constraints.real, 2)),
+        ("b", dist.constraints.simplex),
+        ("c", dist.constraints.interval(1.0, 4.0)),
+        ("d", dist.constraints.independent(dist.constraints.positive, 1)),
+    ]:
+        value, transform = trace.nodes[name]["value"], biject_to(support)
+        u = transform.inv(value.clone())
+        ladj = ladj + transform.log_abs_det_jacobian(u, value)
+        latents.append(u.reshape(5, -1))
+    expected = guide.joint(x).log_prob(torch.cat(latents, -1)) - ladj
+    scored = sum(node["log_prob"] for node in trace.nodes.values() if "log_prob" in node)
+    assert torch.allclose(scored, expected)
+
+
+@joint
+def test_one_site_is_drawn_from_the_family_itself(make):
+    def model(x):
+        with pyro.plate("data", len(x), dim=-2):
+            pyro.sample("z", dist.LogNormal(torch.zeros(1, 2, 2), 1.0).to_event(2))
+
+    x, family = torch.randn(5, 2), make()
+    guide = Amortized(model, nn.Linear(2, family.setup(4).outputs), family=family)
+    trace = poutine.trace(guide).get_trace(x)
+    assert trace.nodes["z"]["value"].shape == (5, 1, 2, 2)
+    assert [name for name in trace.stochastic_nodes if name != "data"] == ["z"]
+    trace.compute_log_prob()
+    law = guide.posterior(x)["z"]
+    expected = law.log_prob(trace.nodes["z"]["value"][:, 0])
+    assert torch.allclose(trace.nodes["z"]["log_prob"][:, 0], expected, rtol=1e-4)
+    assert importance(model, guide, x, draws=50).log_weights.isfinite().all()
+
+
+def test_parameters_of_a_family_are_trained_by_svi(linear):
+    target, x = linear
+    family = FlowFamily(nsf, 2)
+    guide = Amortized(target.plated, nn.Linear(3, 6), family=family).setup(x)
+    before = {name: p.detach().clone() for name, p in family.named_parameters()}
+    SVI(target.plated, guide, pyro.optim.Adam({"lr": 0.05}), Trace_ELBO()).step(x)
+    assert any(not torch.equal(p, before[name]) for name, p in family.named_parameters())
+    assert len(pyro.get_param_store()) == 0
+
+
+# What else the encoder may read
+
+
+class EchoContext(nn.Module):
+    def forward(self, x, context):
+        return torch.cat([x + context.sum(-1, keepdim=True), torch.zeros_like(x)], dim=-1)
+
+
+def with_covariates(x, age):
+    """Observed sites of every shape before the latent; ``g`` lies in a plate of its own."""
+    pyro.sample("a", dist.Normal(torch.zeros(2), 1.0).to_event(1), obs=torch.ones(2))
+    with pyro.plate("groups", 3):
+        pyro.sample("g", dist.Normal(0.0, 1.0), obs=10 * torch.ones(3))
+    with pyro.plate("data", len(x)):
+        pyro.sample("age", dist.Normal(0.0, 1.0), obs=age)
+        local(x)
+
+
+@pytest.mark.parametrize(
+    ("given", "added"),
+    [("a", 2.0), (("a", "g"), 32.0), (("age", "g"), 30.0 + 100 * torch.arange(6))],
+    ids=str,
+)
+def test_encoder_reads_the_sites_given(given, added):
+    age = 100.0 * torch.arange(6)
+    guide = Amortized(with_covariates, EchoContext(), given=given, family=Diagonal(1e-6))
+    assert torch.allclose(guide(DATA, age)["z"], DATA[:, 0] + added, atol=1e-3)
+    assert torch.allclose(guide.median(DATA, age)["z"], DATA[:, 0] + added)
+    mean = guide.posterior(DATA, torch.tensor([0.5, 0.25]))["z"].mean
+    assert torch.allclose(mean, DATA[:, 0] + 0.75)
+    with pytest.raises(ValueError, match="expected a context"):
+        guide.posterior(DATA)
+
+
+def test_misfitting_context_is_refused():
+    guide = Amortized(with_covariates, EchoContext(), given="x")
+    with pytest.raises(ValueError, match=r"value of 'x'.*before its first latent.*Mixed"):
+        guide(DATA, DATA[:, 0])
+    plain = Amortized(plate_of(), nn.Linear(1, 2)).setup(DATA)
+    with pytest.raises(ValueError, match="expected no context"):
+        plain.posterior(DATA, DATA)
