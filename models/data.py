@@ -3,7 +3,7 @@
 import gzip
 import io
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +24,7 @@ class Data:
 
     Grey levels stay whole numbers 0, ..., levels - 1 here. A model sees them dequantised, as
     (x + u) / levels with u uniform on [0, 1), so that a density on the unit cube says how many
-    bits a pixel costs.
+    bits a pixel costs; or, by ``as_levels``, as they are, if it gives every level a probability.
     """
 
     name: str
@@ -34,13 +34,25 @@ class Data:
     shape: tuple[int, ...]  # of one datum, (8, 8) for the digits
     levels: int = 0  # 0: real numbers
     labels: tuple[Tensor, Tensor, Tensor] | None = None  # train, validation, test
+    whole: bool = False  # models see the grey levels themselves
 
     @property
     def features(self) -> int:
         return self.train.shape[1]
 
+    def as_levels(self) -> "Data":
+        """The same rows for models with a probability for every grey level."""
+        if not self.levels:
+            raise ValueError(
+                f"{self.name} holds real numbers, and this decoder gives probabilities to whole "
+                "ones. Pass grey levels, or choose a Gaussian decoder."
+            )
+        return replace(self, whole=True)
+
     @property
     def support(self) -> constraints.Constraint:
+        if self.whole:
+            return constraints.integer_interval(0, self.levels - 1)
         return constraints.unit_interval if self.levels else constraints.real
 
     @property
@@ -48,13 +60,16 @@ class Data:
         return "bits/dim" if self.levels else "nats"
 
     def dequantize(self, x: Tensor) -> Tensor:
-        if not self.levels:
+        """Show rows as a model sees them."""
+        if self.whole or not self.levels:
             return x
         edge = torch.finfo(x.dtype).eps / 2  # rounding reaches the border, where logits end
         return ((x + torch.rand_like(x)) / self.levels).clamp(edge, 1 - edge)
 
     def quantize(self, x: Tensor) -> Tensor:
-        """Round dequantised values back to grey levels; what lies outside goes to the border."""
+        """Round what a model draws to grey levels; what lies outside goes to the border."""
+        if self.whole:
+            return x
         return (x * self.levels).floor().clamp(0, self.levels - 1) if self.levels else x
 
     def batches(self, batch: int) -> Batches:
@@ -69,7 +84,7 @@ class Data:
         """Cost of each datum: bits per pixel for grey levels, nats for real numbers."""
         if not self.levels:
             return -log_prob
-        return bits_per_dim(log_prob, self.features, cell=1 / self.levels)
+        return bits_per_dim(log_prob, self.features, cell=1.0 if self.whole else 1 / self.levels)
 
 
 def digits() -> Data:

@@ -4,9 +4,9 @@ Figures are made without pyplot, so that no window, backend or global style is t
 by ``figure.savefig("draws.png")``. Needs matplotlib: ``pip install pyrogen[demo]``.
 """
 
-__all__ = ["curves", "image_grid", "table"]
+__all__ = ["curves", "image_grid", "table", "traversals"]
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -68,6 +68,64 @@ def image_grid(
                 axis.set_title(columns[j], fontsize=7)
         grid[i][0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=8, labelpad=6)
     return figure
+
+
+@torch.no_grad()
+def traversals(
+    decode: Callable[[Tensor], Tensor],
+    z: Tensor,
+    *,
+    units: Sequence[int] = (),
+    span: float = 3.0,
+    steps: int = 9,
+    low: float = 0.0,
+    high: float = 1.0,
+) -> "Figure":
+    """Draw what each latent unit does to a picture: a row a unit, a column a value of it.
+
+    Args:
+        decode: Map from codes, shape ``(n, latents)``, to pictures, ``(n, height, width)``.
+        z: Code to start from, shape ``(latents,)``.
+        units: Latent units to move, one row each; all if empty.
+        span: Units move from ``-span`` to ``span``.
+        steps: Number of values.
+        low: Value shown as white.
+        high: Value shown as black.
+
+    Raises:
+        ValueError: If ``z`` is not one code, a unit is not in it, there are fewer than two steps,
+            or ``decode`` gives no pictures.
+
+    Example:
+        >>> figure = traversals(lambda z: z.sigmoid().reshape(-1, 2, 2), torch.zeros(4), steps=5)
+        >>> len(figure.axes)
+        20
+    """
+    if z.ndim != 1:
+        raise ValueError(
+            f"traversals expected one code of shape (latents,), got {tuple(z.shape)}. Pass z[i]."
+        )
+    units = units or range(len(z))
+    if not all(0 <= unit < len(z) for unit in units):
+        raise ValueError(
+            f"traversals expected units from 0 to {len(z) - 1}, got {list(units)}. Pass indices "
+            "of z."
+        )
+    if steps < 2:
+        raise ValueError(f"traversals expected steps >= 2, got {steps}.")
+    values = torch.linspace(-span, span, steps).to(z)
+    codes = z.repeat(len(units), steps, 1)
+    for row, unit in enumerate(units):
+        codes[row, :, unit] = values
+    pictures = decode(codes.reshape(-1, len(z)))
+    if pictures.ndim != 3 or len(pictures) != len(units) * steps:
+        raise ValueError(
+            f"traversals expected decode to give {len(units) * steps} pictures of shape (height, "
+            f"width), got {tuple(pictures.shape)}. Reshape its result."
+        )
+    rows = pictures.reshape(len(units), steps, *pictures.shape[1:])
+    labels = {f"unit {unit}": row for unit, row in zip(units, rows, strict=True)}
+    return image_grid(labels, columns=[f"{v:.3g}" for v in values.tolist()], low=low, high=high)
 
 
 def curves(

@@ -36,6 +36,18 @@ def test_a_uniform_density_costs_log2_of_the_levels():
     assert torch.allclose(data.score(torch.zeros(3)), torch.full((3,), np.log2(17.0)).float())
 
 
+def test_levels_are_shown_as_they_are_and_cost_their_probability():
+    data = digits().as_levels()
+    assert torch.equal(data.dequantize(data.test), data.test)
+    assert torch.equal(data.quantize(data.test), data.test)
+    assert data.support.check(data.test).all()
+    uniform = torch.full((3,), -64 * np.log(17.0)).float()
+    assert torch.allclose(data.score(uniform), digits().score(torch.zeros(3)))
+    real = Data("real", data.test, data.test, data.test, shape=(64,))
+    with pytest.raises(ValueError, match=r"real holds real numbers.*choose a Gaussian decoder"):
+        real.as_levels()
+
+
 @pytest.mark.parametrize("suffix", [".npy", ".npz", ".csv", ".idx", "-ubyte.gz"])
 def test_every_format_gives_the_same_rows(tmp_path, suffix):
     pictures = np.random.default_rng(0).integers(0, 5, (50, 4, 3)).astype(np.uint8)

@@ -21,6 +21,41 @@ def test_hidden_pixels_stay_hidden():
     assert axis.images[0].get_array().mask.sum() == 32
 
 
+def test_traversals_move_one_unit_a_row():
+    seen = []
+
+    def decode(z):
+        seen.append(z)
+        return z.reshape(-1, 1, 3)
+
+    z = torch.tensor([0.5, 1.0, -1.0])
+    figure = plots.traversals(decode, z, units=[2, 0], span=2, steps=5, low=-2, high=2)
+    (codes,) = seen
+    assert torch.equal(codes[:5, 2], torch.linspace(-2, 2, 5))
+    assert torch.equal(codes[:5, :2], z[:2].expand(5, 2))
+    assert torch.equal(codes[5:, 0], torch.linspace(-2, 2, 5))
+    assert torch.equal(codes[5:, 1:], z[1:].expand(5, 2))
+    assert len(figure.axes) == 10
+    assert [figure.axes[i].get_ylabel() for i in (0, 5)] == ["unit 2", "unit 0"]
+    assert [axis.get_title() for axis in figure.axes[:5]] == ["-2", "-1", "0", "1", "2"]
+    assert torch.equal(torch.tensor(figure.axes[6].images[0].get_array()), codes[6, None])
+    assert len(plots.traversals(decode, z, steps=2).axes) == 6
+
+
+def test_bad_traversals_are_refused():
+    def decode(z):
+        return z.reshape(-1, 1, 2)
+
+    with pytest.raises(ValueError, match=r"one code of shape \(latents,\), got \(1, 2\)"):
+        plots.traversals(decode, torch.zeros(1, 2))
+    with pytest.raises(ValueError, match=r"units from 0 to 1, got \[2\]"):
+        plots.traversals(decode, torch.zeros(2), units=[2])
+    with pytest.raises(ValueError, match="steps >= 2, got 1"):
+        plots.traversals(decode, torch.zeros(2), steps=1)
+    with pytest.raises(ValueError, match=r"18 pictures of shape.*got \(18, 2\)"):
+        plots.traversals(lambda z: z, torch.zeros(2))
+
+
 def test_a_curve_shows_raw_and_smoothed_values():
     figure = plots.curves({"loss": torch.linspace(1, 0, 100)}, smooth=10)
     raw, mean = figure.axes[0].lines

@@ -2,17 +2,30 @@
 
 from .base import LikelihoodFree
 from .diffusion import Denoiser, Diffused, Diffusion, ExactDenoiser, Preconditioned
+from .discretized import DiscretizedLogistic
 from .flow import Flow, Transformed, maf, nsf, realnvp
 from .generator import Generator, Pushforward
-from .marginal import HeteroscedasticGaussian, HomoscedasticGaussian, LatentVariable, Marginal
+from .levels import CategoricalLevels, LogisticLevels
+from .likelihoods import (
+    BernoulliLogits,
+    CorrelatedGaussian,
+    HeteroscedasticGaussian,
+    HomoscedasticGaussian,
+    Likelihood,
+)
+from .marginal import LatentVariable, Marginal
 from .samplers import Ancestral, FrozenScore, Heun, Multistep
 from .trace import ExactTrace, Hutchinson
 
 __all__ = [
     "Ancestral",
+    "BernoulliLogits",
+    "CategoricalLevels",
+    "CorrelatedGaussian",
     "Denoiser",
     "Diffused",
     "Diffusion",
+    "DiscretizedLogistic",
     "ExactDenoiser",
     "ExactTrace",
     "Flow",
@@ -23,7 +36,9 @@ __all__ = [
     "HomoscedasticGaussian",
     "Hutchinson",
     "LatentVariable",
+    "Likelihood",
     "LikelihoodFree",
+    "LogisticLevels",
     "Marginal",
     "Multistep",
     "Preconditioned",

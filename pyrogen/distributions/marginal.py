@@ -1,6 +1,6 @@
 """Latent-variable models: the law of data whose latent is integrated out."""
 
-__all__ = ["HeteroscedasticGaussian", "HomoscedasticGaussian", "LatentVariable", "Marginal"]
+__all__ = ["LatentVariable", "Marginal"]
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -11,11 +11,10 @@ import pyro.distributions as dist
 import torch
 from torch import Size, Tensor, nn
 from torch.distributions import constraints
-from torch.nn.functional import softplus
 
 from ..inputs import check_batch, check_context
 from .base import LikelihoodFree
-from .standard import standard_units
+from .likelihoods import HomoscedasticGaussian, Likelihood
 
 
 class Marginal(LikelihoodFree):
@@ -123,113 +122,6 @@ class Marginal(LikelihoodFree):
         )
 
 
-class _Gaussian(nn.Module):
-    """Normal in the units of the data: x = shift + scale * u, u normal around the output."""
-
-    shift: Tensor
-    scale: Tensor
-
-    def __init__(self, event_shape: Sequence[int], floor: float) -> None:
-        super().__init__()
-        if not floor > 0:
-            raise ValueError(
-                f"{type(self).__name__} expected floor > 0, got {floor}. A noise of zero "
-                "makes the density infinite: pass the measurement's relative precision."
-            )
-        self.event_shape = Size(event_shape)
-        self.floor = floor
-        self.register_buffer("shift", torch.zeros(self.event_shape))
-        self.register_buffer("scale", torch.ones(self.event_shape))
-
-    def standardize(self, x: Tensor) -> Self:
-        owner = type(self).__name__
-        shift, scale = standard_units(x, self.event_shape, owner=owner, like=self.shift)
-        self.shift.copy_(shift)
-        self.scale.copy_(scale)
-        return self
-
-    def _normal(self, mean: Tensor, raw: Tensor) -> dist.TorchDistribution:
-        if mean.shape[mean.ndim - len(self.event_shape) :] != self.event_shape:
-            raise ValueError(
-                f"{type(self).__name__} expected means of shape {tuple(self.event_shape)}, got "
-                f"{tuple(mean.shape)}. Change the decoder's output."
-            )
-        noise = self.floor + softplus(raw)
-        return dist.Normal(self.shift + self.scale * mean, self.scale * noise).to_event(
-            len(self.event_shape)
-        )
-
-
-class HomoscedasticGaussian(_Gaussian):
-    r"""Likelihood :math:`\mathcal N(x;\, a + b\,\mu,\, (b\,s)^2)`, one learned s per feature.
-
-    Args:
-        event_shape: Shape of one datum, also that of the decoder's output :math:`\mu`.
-        noise: Initial :math:`s`, in standardised units.
-        floor: Least :math:`s`, in standardised units; keeps the density bounded.
-
-    Raises:
-        ValueError: If ``noise > floor > 0`` does not hold.
-
-    References:
-        Rybkin, Daniilidis, Levine. Simple and effective VAE training with calibrated decoders.
-        ICML 2021. arXiv:2006.13202
-
-    Example:
-        >>> likelihood = HomoscedasticGaussian((2,), noise=0.5)
-        >>> likelihood(torch.zeros(5, 2)).stddev[0]
-        tensor([0.5000, 0.5000], grad_fn=<SelectBackward0>)
-    """
-
-    def __init__(
-        self, event_shape: Sequence[int], *, noise: float = 0.5, floor: float = 1e-3
-    ) -> None:
-        super().__init__(event_shape, floor)
-        if not noise > floor:
-            raise ValueError(
-                f"HomoscedasticGaussian expected noise > floor, got noise={noise} and "
-                f"floor={floor}. Raise noise or lower floor."
-            )
-        above = torch.tensor(noise - floor)
-        raw = above + (-torch.expm1(-above)).log()  # inverse of softplus
-        self.raw = nn.Parameter(raw.expand(self.event_shape).clone())
-
-    def forward(self, output: Tensor) -> dist.TorchDistribution:
-        return self._normal(output, self.raw)
-
-
-class HeteroscedasticGaussian(_Gaussian):
-    r"""Likelihood :math:`\mathcal N(x;\, a + b\,\mu(z),\, (b\,s(z))^2)`, noise from the decoder.
-
-    The decoder's output is ``mean`` and ``raw`` stacked along the first event dimension, so it
-    is twice as long there; :math:`s = \mathrm{floor} + \log(1 + e^{\mathrm{raw}})`.
-
-    Args:
-        event_shape: Shape of one datum, with at least one dimension.
-        floor: Least :math:`s`, in standardised units; keeps the density bounded.
-
-    Raises:
-        ValueError: If ``floor`` is not positive, or a datum is a scalar.
-
-    Example:
-        >>> likelihood = HeteroscedasticGaussian((2,))
-        >>> likelihood(torch.zeros(5, 4)).event_shape
-        torch.Size([2])
-    """
-
-    def __init__(self, event_shape: Sequence[int], *, floor: float = 1e-3) -> None:
-        super().__init__(event_shape, floor)
-        if not self.event_shape:
-            raise ValueError(
-                "HeteroscedasticGaussian expected data with at least one dimension, got "
-                "event_shape=(). Use event_shape=(1,)."
-            )
-
-    def forward(self, output: Tensor) -> dist.TorchDistribution:
-        mean, raw = output.chunk(2, dim=-len(self.event_shape))
-        return self._normal(mean, raw)
-
-
 class LatentVariable(nn.Module):
     r"""A trainable latent-variable model, the generative half of a variational autoencoder.
 
@@ -324,20 +216,19 @@ class LatentVariable(nn.Module):
         return _Program(self)
 
     def standardize(self, x: Tensor) -> Self:
-        """Set shift and scale of the likelihood from data.
+        """Set the units of the likelihood from data.
 
         Args:
             x: Data, shape ``(*batch, *event_shape)``.
 
         Raises:
-            TypeError: If the likelihood is not Gaussian, and so has no units to set.
-            ValueError: If the data are not finite, do not vary, or are fewer than two.
+            TypeError: If the likelihood is not a :class:`Likelihood`, and so has no units to set.
+            ValueError: If the data are not finite, do not fit, or are fewer than two.
         """
-        if not isinstance(self.likelihood, _Gaussian):
+        if not isinstance(self.likelihood, Likelihood):
             raise TypeError(
-                "LatentVariable.standardize expected HomoscedasticGaussian or "
-                f"HeteroscedasticGaussian, got {type(self.likelihood).__name__}. Put the units "
-                "into your likelihood."
+                "LatentVariable.standardize expected a Likelihood such as HomoscedasticGaussian, "
+                f"got {type(self.likelihood).__name__}. Put the units into your likelihood."
             )
         self.likelihood.standardize(x)
         return self

@@ -2,7 +2,13 @@
 
 from .evidence import Evidence, Kind, bits_per_dim, log_evidence, monte_carlo_evidence
 from .psis import effective_sample_size, khat_threshold, psis
-from .representation import ProbeVerdict, active_units, linear_probe
+from .representation import (
+    InformationVerdict,
+    ProbeVerdict,
+    active_units,
+    linear_probe,
+    mutual_information,
+)
 from .two_sample import (
     ClassifierVerdict,
     MMDVerdict,
@@ -14,6 +20,7 @@ from .two_sample import (
 __all__ = [
     "ClassifierVerdict",
     "Evidence",
+    "InformationVerdict",
     "Kind",
     "MMDVerdict",
     "ProbeVerdict",
@@ -26,6 +33,7 @@ __all__ = [
     "log_evidence",
     "mmd_test",
     "monte_carlo_evidence",
+    "mutual_information",
     "psis",
     "wilson_interval",
 ]

@@ -1,10 +1,18 @@
 """What a representation has learned: how much of it is used, and what can be read off it."""
 
-__all__ = ["ProbeVerdict", "active_units", "linear_probe"]
+__all__ = [
+    "InformationVerdict",
+    "ProbeVerdict",
+    "active_units",
+    "linear_probe",
+    "mutual_information",
+]
 
+import math
 from dataclasses import dataclass
 
 import torch
+from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -74,6 +82,99 @@ def active_units(means: Tensor, *, threshold: float = 0.01) -> int:
             "Flatten the latent dimensions."
         )
     return int((means.double().var(0) > threshold).sum())
+
+
+@dataclass(frozen=True)
+class InformationVerdict:
+    """What :func:`mutual_information` found, in nats.
+
+    Attributes:
+        lower: Estimate that is on average at most the information, and at most ``cap``.
+        upper: Estimate that is on average at least the information.
+        error: Standard error of ``lower`` over data sets of this size.
+        cap: Log of the number of data: more cannot be told apart with them.
+    """
+
+    lower: float
+    upper: float
+    error: float
+    cap: float
+
+    def __str__(self) -> str:
+        return (
+            f"Mutual information between {self.lower:.2f} ± {self.error:.2f} and "
+            f"{self.upper:.2f} nats (at most {self.cap:.2f} can be seen)"
+        )
+
+
+@torch.no_grad()
+def mutual_information(
+    posterior: TorchDistribution, *, draws: int = 1, batch_size: int = 256
+) -> InformationVerdict:
+    r"""Bound what a code says about its datum, :math:`I(x; z)` under :math:`p(x)\,q(z \mid x)`.
+
+    .. math:: \mathrm E \log \frac{q(z_i \mid x_i)}{\frac1n \sum_{j} q(z_i \mid x_j)}
+        \;\le\; I(x; z) \;\le\;
+        \mathrm E \log \frac{q(z_i \mid x_i)}{\frac1{n-1} \sum_{j \ne i} q(z_i \mid x_j)},
+        \qquad z_i \sim q(z \mid x_i).
+
+    The mean of the posteriors stands for the aggregated posterior. The left side estimates the
+    index-code information of these data without bias, and cannot exceed :math:`\log n`: where
+    it comes near, only more data can tell. The right side is large there, for one gap costs
+    much.
+
+    Cost: ``draws`` :math:`\times n^2` densities.
+
+    Args:
+        posterior: :math:`q(z \mid x)` of all data, of batch shape ``(n,)`` with n at least 2, such
+            as ``guide.joint(x)``. A bijection of ``z`` changes nothing.
+        draws: Draws of each posterior.
+        batch_size: Draws worked on at once, each against all data.
+
+    Raises:
+        ValueError: If there are fewer than two data, or the posterior has another batch shape.
+        FloatingPointError: If a density is not finite.
+
+    References:
+        Hoffman, Johnson. ELBO surgery: yet another way to carve up the variational evidence
+        lower bound. NIPS workshop 2016.
+        Poole, Ozair, van den Oord, Alemi, Tucker. On Variational Bounds of Mutual Information.
+        ICML 2019. arXiv:1905.06922
+
+    Example:
+        >>> x = torch.randn(1000, 1)  # z = x + noise: information is log(1 + 1/0.1**2) / 2 = 2.31
+        >>> print(mutual_information(dist.Normal(x, 0.1).to_event(1)))
+        Mutual information between 2.35 ± 0.03 and 2.37 nats (at most 6.91 can be seen)
+    """
+    if len(posterior.batch_shape) != 1 or posterior.batch_shape[0] < 2:
+        raise ValueError(
+            "mutual_information expected one posterior for each of at least two data, batch shape "
+            f"(n,), got {tuple(posterior.batch_shape)}. Pass guide.joint(x), or add to_event."
+        )
+    if draws < 1 or batch_size < 1:
+        raise ValueError(
+            f"mutual_information expected draws and batch_size >= 1, got {draws} and "
+            f"{batch_size}. Pass positive numbers."
+        )
+    (n,) = posterior.batch_shape
+    lower, upper = [], []
+    for _ in range(draws):
+        z = posterior.sample()
+        for rows in torch.arange(n).split(batch_size):
+            density = posterior.log_prob(z[rows].unsqueeze(1)).double()  # (rows, n)
+            own = density[torch.arange(len(rows)), rows].clone()
+            lower.append(own - density.logsumexp(1) + math.log(n))
+            density[torch.arange(len(rows)), rows] = -math.inf
+            upper.append(own - density.logsumexp(1) + math.log(n - 1))
+    below, above = (torch.cat(terms).reshape(draws, n).mean(0) for terms in (lower, upper))
+    if not (below.isfinite().all() and above.isfinite().all()):
+        raise FloatingPointError(
+            "mutual_information met a density that is not finite: some code is impossible under "
+            "every other datum's posterior, or a posterior is broken. Widen the posteriors."
+        )
+    # To first order the shared denominators average out, so terms count as independent.
+    error = below.std() / math.sqrt(n)
+    return InformationVerdict(below.mean().item(), above.mean().item(), error.item(), math.log(n))
 
 
 def fit_logistic(z: Tensor, target: Tensor, classes: int, penalty: float) -> Tensor:

@@ -1,0 +1,1 @@
+"""Measurements against published numbers and against other ways of doing the same."""
