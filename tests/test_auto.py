@@ -10,14 +10,20 @@ import pytest
 import torch
 from pyro import poutine
 from pyro.infer import MCMC, NUTS, SVI, Predictive, Trace_ELBO
-from pyro.infer.autoguide import AutoGuideList, init_to_value
+from pyro.infer.autoguide import (
+    AutoGuideList,
+    AutoLaplaceApproximation,
+    AutoMultivariateNormal,
+    AutoNormal,
+    init_to_value,
+)
 from pyro.infer.reparam import NeuTraReparam
 from scipy import integrate, stats
 from torch import nn
 
 from pyrogen.distributions import maf, nsf, realnvp
 from pyrogen.guides import Amortized, AutoFlow
-from pyrogen.objectives import ImportanceWeighted, StickingTheLanding
+from pyrogen.objectives import ELBO, DoublyReparameterized, ImportanceWeighted
 from pyrogen.targets import EightSchools, LinearGaussian
 
 small = partial(realnvp, layers=2, hidden=(8,))
@@ -28,7 +34,12 @@ def schools():
 
 
 def fit(model, guide, *args, steps=300, lr=0.02, particles=16):
-    elbo = StickingTheLanding(particles, vectorize_particles=True, max_plate_nesting=1)
+    elbo = ELBO(
+        particles,
+        gradient=DoublyReparameterized(),
+        vectorize_particles=True,
+        max_plate_nesting=1,
+    )
     loss = elbo(nn.Module(), guide).elbo
     optimizer = torch.optim.Adam(guide.parameters(), lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -104,6 +115,78 @@ def test_standardize_refuses_what_does_not_fit():
         guide.standardize(draws | {"tau": torch.zeros(9)})
 
 
+def correlated():
+    covariance = torch.tensor([[4.0, 1.9, 0.5], [1.9, 1.0, 0.1], [0.5, 0.1, 0.3]])
+    return dist.MultivariateNormal(torch.tensor([3.0, -1.0, 0.0]), covariance)
+
+
+def correlated_model():
+    pyro.sample("z", correlated())
+
+
+def fitted(kind):
+    """A simpler guide, at its optimum without training."""
+    guide = kind(correlated_model)
+    guide()
+    with torch.no_grad():
+        guide.loc.copy_(correlated().mean)
+        if kind is AutoMultivariateNormal:
+            guide.scale = correlated().scale_tril.diagonal()
+            guide.scale_tril = correlated().scale_tril / guide.scale[:, None]
+    return guide
+
+
+@pytest.mark.parametrize("kind", [AutoMultivariateNormal, AutoLaplaceApproximation])
+def test_warm_start_from_a_normal_guide_is_that_normal(kind):
+    guide = AutoFlow(correlated_model, nsf)
+    assert guide.warm_start(fitted(kind), draws=20_000) is guide
+    with torch.no_grad():
+        z = guide.get_posterior().sample((5000,))
+        difference = guide.get_posterior().log_prob(z) - correlated().log_prob(z)
+    assert difference.mean().abs() < 0.01  # nats
+    assert torch.allclose(torch.cov(z.T), correlated().covariance_matrix, atol=0.25)
+    x = guide.get_transform()(z.new_zeros(3))
+    assert torch.allclose(x, correlated().mean, atol=0.1)
+    assert torch.allclose(guide.median()["z"], correlated().mean, atol=0.1)
+
+
+def test_warm_start_of_a_flow_without_a_linear_end_takes_the_scales():
+    guide = AutoFlow(correlated_model, small).warm_start(fitted(AutoMultivariateNormal))
+    assert torch.allclose(guide.flow.scale, correlated().stddev, rtol=0.05)
+    z = guide.get_posterior().sample((5000,))
+    assert torch.corrcoef(z.T)[0, 1].abs() < 0.05
+
+
+def test_warm_start_knows_plates_and_constraints():
+    simple = AutoNormal(schools())
+    simple()
+    fit(schools(), simple, steps=150, lr=0.05)
+    guide = AutoFlow(schools(), nsf).warm_start(simple)
+    losses = [
+        ELBO(2000, vectorize_particles=True, max_plate_nesting=1).loss(schools(), g)
+        for g in (simple, guide)
+    ]
+    assert losses[1] == pytest.approx(losses[0], abs=0.1)
+
+
+def test_warm_start_survives_the_state_dict():
+    guide = AutoFlow(correlated_model, nsf).warm_start(fitted(AutoMultivariateNormal))
+    fresh = AutoFlow(correlated_model, nsf)
+    fresh.load_state_dict(guide.state_dict())
+    z = torch.randn(4, 3)
+    assert torch.equal(fresh.get_posterior().log_prob(z), guide.get_posterior().log_prob(z))
+
+
+def test_warm_start_refuses_what_does_not_fit():
+    guide = AutoFlow(correlated_model, nsf)
+    with pytest.raises(ValueError, match="constant"):
+        guide.warm_start(lambda: pyro.sample("z", dist.Delta(torch.zeros(3)).to_event(1)))
+    with pytest.raises(ValueError, match="draws of 'z', got w"):
+        guide.warm_start(lambda: pyro.sample("w", dist.Normal(0.0, 1.0)))
+    with pytest.raises(ValueError, match=r"3 latents' correlations can be told, got 3"):
+        guide.warm_start(fitted(AutoMultivariateNormal), draws=3)
+
+
 @pytest.mark.parametrize("recipe", [small, partial(nsf, layers=2), maf], ids=["nvp", "nsf", "maf"])
 def test_state_dict_restores_a_guide_that_has_not_run(recipe):
     guide = AutoFlow(schools(), recipe, init_scale=0.3).setup()
@@ -154,7 +237,7 @@ def test_module_local_parameters_work():
 
 
 @pytest.mark.parametrize("vectorize", [False, True])
-@pytest.mark.parametrize("elbo", [StickingTheLanding, ImportanceWeighted, Trace_ELBO])
+@pytest.mark.parametrize("elbo", [ELBO, ImportanceWeighted, Trace_ELBO])
 def test_gradient_reaches_every_parameter(elbo, vectorize):
     guide = AutoFlow(schools(), small).setup()
     loss = elbo(num_particles=3, vectorize_particles=vectorize, max_plate_nesting=1)
@@ -167,7 +250,7 @@ def test_double_precision_follows_the_model():
     guide = AutoFlow(schools.centred, small).setup()
     assert all(p.dtype == torch.float64 for p in guide.parameters())
     assert guide()["theta"].dtype == torch.float64
-    assert StickingTheLanding().loss(schools.centred, guide) > 0
+    assert ELBO().loss(schools.centred, guide) > 0
 
 
 def test_event_shapes_and_supports():
@@ -185,7 +268,7 @@ def test_event_shapes_and_supports():
     quantiles = guide.quantiles([0.1, 0.5, 0.9])["r"]
     assert quantiles.shape == (3, 2, 3, 2)
     assert (quantiles.diff(dim=0) > 0).all()
-    assert StickingTheLanding(2, vectorize_particles=True).loss(model, guide) > 0
+    assert ELBO(2, vectorize_particles=True).loss(model, guide) > 0
 
 
 def test_predictive_draws_from_it():
@@ -250,7 +333,7 @@ def test_subsampled_plate_is_refused_and_has_a_place_beside():
     guide.append(AutoFlow(poutine.block(hierarchical, hide=["z"]), small))
     guide.append(Amortized(poutine.block(hierarchical, hide=["m", "s"]), nn.Linear(1, 2)))
     assert set(guide(x)) == {"m", "s", "z"}
-    assert StickingTheLanding(2).loss(hierarchical, guide, x) > 0
+    assert ELBO(2).loss(hierarchical, guide, x) > 0
 
 
 def test_unfit_models_and_recipes_are_refused():

@@ -1,19 +1,23 @@
 """A normalizing flow as the posterior of all latents of a model together."""
 
-__all__ = ["AutoFlow"]
+__all__ = ["AutoFlow", "quantiles_from", "refuse_subsamples"]
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Self, cast
 
 import pyro
 import torch
-from pyro.infer.autoguide import init_to_median
+from pyro import poutine
+from pyro.distributions import TorchDistribution
+from pyro.infer.autoguide import AutoLaplaceApproximation, init_to_median
 from pyro.infer.autoguide.guides import AutoContinuous
 from torch import Tensor, nn
 from torch.distributions import biject_to
 
 from ..distributions import Flow, Transformed
-from .parameters import announce
+from ..parameters import announce
+from ..transforms import LULinear
+from .sites import subsampled
 
 DRAWS = 10_000  # from which medians and quantiles are estimated
 
@@ -24,9 +28,9 @@ class AutoFlow(AutoContinuous):
     .. math:: q(z) = q_\text{flow}(u)\, |\det \partial u / \partial z|,
 
     with :math:`u` the latents mapped to the reals and laid side by side. The flow starts near the
-    normal distribution at ``init_loc_fn``'s values; :meth:`standardize` gives it a better start,
-    from draws of a simpler guide. As a Pyro ``AutoContinuous`` it fits ``NeuTraReparam``. A state
-    dict loads into a guide that has not run yet.
+    normal distribution at ``init_loc_fn``'s values; :meth:`warm_start` gives it a better start,
+    from a simpler guide, and :meth:`standardize` from draws. As a Pyro ``AutoContinuous`` it fits
+    ``NeuTraReparam``. A state dict loads into a guide that has not run yet.
 
     Args:
         model: Model whose latents are continuous; their number may not change between calls.
@@ -92,6 +96,10 @@ class AutoFlow(AutoContinuous):
     def standardize(self, draws: Mapping[str, Tensor]) -> Self:
         """Set the flow's shift and scale from draws of the latents.
 
+        If the recipe ends in :class:`~pyrogen.transforms.LULinear`, as ``nsf`` does, the draws'
+        correlations are set too. Layers before it start as the identity, so the guide is the
+        normal distribution of the draws' mean and covariance.
+
         Args:
             draws: Values of every latent site, each of shape ``(draws, *shape)``, as given by
                 ``pyro.infer.Predictive`` with a simpler guide; other names are ignored.
@@ -101,7 +109,8 @@ class AutoFlow(AutoContinuous):
 
         Raises:
             RuntimeError: If the guide has not been set up.
-            ValueError: If a site is missing, is constant, or is not finite.
+            ValueError: If a site is missing, is constant, or is not finite, or the draws are too
+                few for their correlations.
         """
         if self.prototype_trace is None:
             raise RuntimeError(
@@ -118,8 +127,47 @@ class AutoFlow(AutoContinuous):
             value = draws[name].detach()
             value = value.reshape(len(value), *site["value"].shape)
             parts.append(biject_to(site["fn"].support).inv(value).reshape(len(value), -1))
-        self._flow.standardize(torch.cat(parts, dim=-1))
+        u = torch.cat(parts, dim=-1)
+        self._flow.standardize(u)
+        last = self._flow.layers[-1] if len(self._flow.layers) else None
+        if isinstance(last, LULinear):
+            _correlate(last, (u - self._flow.shift) / self._flow.scale)
         return self
+
+    def warm_start(self, guide: Callable, *args: Any, draws: int = DRAWS, **kwargs: Any) -> Self:
+        """Start from a simpler guide that has been fitted: its mean, scale and correlations.
+
+        Example:
+            >>> from pyrogen.distributions import nsf
+            >>> from pyrogen.guides import Pathfinder
+            >>> from pyrogen.targets import EightSchools
+            >>> model = EightSchools().non_centred
+            >>> guide = AutoFlow(model, nsf).warm_start(Pathfinder(model).fit())
+
+        Args:
+            guide: Guide of the same latents, such as Pyro's ``AutoMultivariateNormal``,
+                :class:`~pyrogen.guides.Pathfinder` or an ``AutoLaplaceApproximation``, which
+                stands for the normal distribution that it gives.
+            *args: Arguments of the model.
+            draws: Number of draws that are made of it, in one run.
+            **kwargs: Arguments of the model.
+
+        Returns:
+            The guide itself.
+
+        Raises:
+            ValueError: If the other guide lacks a site, or is a point.
+        """
+        self.setup(*args, **kwargs)
+        if isinstance(guide, AutoLaplaceApproximation):
+            guide = guide.laplace_approximation(*args, **kwargs)
+        frames = [f for stack in self._cond_indep_stacks.values() for f in stack]
+        depth = max((-frame.dim for frame in frames if frame.vectorized), default=0)
+        over = pyro.plate("_draws", draws, dim=-1 - depth)
+        with torch.no_grad(), poutine.block():
+            trace: Any = poutine.trace(over(guide)).get_trace(*args, **kwargs)
+        sites = {name: trace.nodes[name]["value"] for name in trace.stochastic_nodes}
+        return self.standardize(sites)
 
     def sample_latent(self, *args: Any, **kwargs: Any) -> Tensor:
         """Sample the unconstrained latents, as an auxiliary site."""
@@ -159,14 +207,7 @@ class AutoFlow(AutoContinuous):
             Values of shape ``(levels, *shape)``: bijections of the unconstrained quantiles.
         """
         self.setup(*args, **kwargs)
-        draws = self._flow().sample((DRAWS,))
-        levels = torch.as_tensor(quantiles).to(draws)
-        slices = [part.quantile(levels, dim=0) for part in draws.split(1000, dim=1)]
-        result: dict[str, list[Tensor]] = {}
-        for latent in torch.cat(slices, dim=1):
-            for site, value in self._unpack_latent(latent):
-                result.setdefault(site["name"], []).append(biject_to(site["fn"].support)(value))
-        return {name: torch.stack(values) for name, values in result.items()}
+        return quantiles_from(self._flow(), quantiles, self._unpack_latent)
 
     @property
     def _flow(self) -> Flow:
@@ -176,15 +217,7 @@ class AutoFlow(AutoContinuous):
         super()._setup_prototype(*args, **kwargs)
         trace: Any = self.prototype_trace
         self.prototype_trace = None  # unless all sites pass
-        for name, site in trace.iter_stochastic_nodes():
-            for plate in site["cond_indep_stack"]:
-                if plate.full_size is not None and plate.size < plate.full_size:
-                    raise NotImplementedError(
-                        f"Site {name!r} lies in plate {plate.name!r}, which holds a subsample of "
-                        f"{plate.size} of {plate.full_size}: AutoFlow would give all minibatches "
-                        "one posterior. Use Amortized for it, and AutoFlow for the sites outside, "
-                        "in a pyro.infer.autoguide.AutoGuideList."
-                    )
+        refuse_subsamples(trace, owner="AutoFlow")
         self.prototype_trace = trace
         start = self._init_loc()
         if "flow" not in self._modules:
@@ -213,6 +246,61 @@ class AutoFlow(AutoContinuous):
         if "flow" not in self._modules and shift is not None:
             self._build(shift)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def refuse_subsamples(trace: Any, *, owner: str) -> None:
+    """Refuse latents in plates that show a part of their data.
+
+    Raises:
+        NotImplementedError: If there are any.
+    """
+    for name, site in trace.iter_stochastic_nodes():
+        for plate in site["cond_indep_stack"]:
+            if subsampled(plate):
+                raise NotImplementedError(
+                    f"Site {name!r} lies in plate {plate.name!r}, which holds a subsample of "
+                    f"{plate.size} of {plate.full_size}: {owner} would give all minibatches "
+                    f"one posterior. Use Amortized for it, and {owner} for the sites outside, "
+                    "in a pyrogen.guides.Mixed."
+                )
+
+
+def quantiles_from(
+    law: TorchDistribution,
+    quantiles: Sequence[float] | Tensor,
+    unpack: Callable[[Tensor], Iterable[tuple[Any, Tensor]]],
+) -> dict[str, Tensor]:
+    """Quantiles of every site, from draws of the unconstrained latents.
+
+    Args:
+        law: Law of the unconstrained latents.
+        quantiles: Levels in [0, 1].
+        unpack: From latents to sites and their unconstrained values.
+    """
+    draws = law.sample(torch.Size((DRAWS,)))
+    levels = torch.as_tensor(quantiles).to(draws)
+    slices = [part.quantile(levels, dim=0) for part in draws.split(1000, dim=1)]
+    result: dict[str, list[Tensor]] = {}
+    for latent in torch.cat(slices, dim=1):
+        for site, value in unpack(latent):
+            result.setdefault(site["name"], []).append(biject_to(site["fn"].support)(value))
+    return {name: torch.stack(values) for name, values in result.items()}
+
+
+@torch.no_grad()
+def _correlate(layer: LULinear, x: Tensor) -> None:
+    """Let a linear map give standard normal noise the correlations of draws."""
+    factor, failed = torch.linalg.cholesky_ex(torch.cov(x.T).reshape(x.shape[1], x.shape[1]))
+    if failed or len(x) <= x.shape[1]:
+        raise ValueError(
+            f"AutoFlow expected draws from which {x.shape[1]} latents' correlations can be told, "
+            f"got {len(x)}. Pass several times as many draws as latents, and none that are "
+            "functions of others."
+        )
+    diagonal = factor.diagonal()
+    layer.entries.copy_((factor / diagonal).tril(-1))
+    layer.log_diagonal.copy_(diagonal.log())
+    layer.bias.zero_()
 
 
 class _ScoredOnce(Transformed):
