@@ -9,7 +9,7 @@ Two problems whose gradient is known exactly:
     python -m benchmarks.estimators --peer numpyro     # in an environment with numpyro and torch
 
 Variance is the total over the guide's parameters; bias the distance of the mean from the exact
-gradient in standard errors; ms the median of one value and gradient, estimators in turns.
+gradient in standard errors; ms the median CPU time of one value and gradient, in turns.
 """
 
 import argparse
@@ -63,10 +63,10 @@ class Estimator:
     seconds: list[float] = field(default_factory=list)
 
     def take(self, keep: bool = True) -> None:  # noqa: FBT001, FBT002
-        start = time.perf_counter()
+        start = time.process_time()
         gradient = self.gradient()
         if keep:
-            self.seconds.append(time.perf_counter() - start)
+            self.seconds.append(time.process_time() - start)
             self.draws.append(gradient)
 
 

@@ -82,8 +82,8 @@ def jensen_shannon(log_ratio: Tensor) -> Tensor:
         >>> jensen_shannon(torch.tensor([2.0, 0.5]).log())
         tensor([0.0849, 0.0425])
     """
-    ratio = log_ratio.exp()
-    return (ratio * log_ratio - (1 + ratio) * (softplus(log_ratio) - math.log(2))) / 2
+    first = log_ratio.exp() * (math.log(2) - softplus(-log_ratio))
+    return (first + math.log(2) - softplus(log_ratio)) / 2
 
 
 def alpha_divergence(alpha: float) -> Callable[[Tensor], Tensor]:

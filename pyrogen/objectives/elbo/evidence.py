@@ -228,9 +228,9 @@ class Tempered(Linear):
         beta = self.beta() if isinstance(self.beta, nn.Module) else self.beta
         weights: dict[str, float] = {}
         constant = 0.0
-        for group in _groups(runs[0]):
+        for group in _groups(runs):
             divergence, cells = _divergence(runs, group)
-            free = bool(divergence < self.free_nats)
+            free = self.free_nats > 0 and bool(divergence < self.free_nats)
             weights |= dict.fromkeys(group, 0.0 if free else beta)
             if free:
                 particles = self.num_particles / len(runs)  # cells too, in a vectorized run
@@ -238,16 +238,17 @@ class Tempered(Linear):
         return weights, constant
 
 
-def _groups(run: Run) -> list[list[str]]:
+def _groups(runs: Sequence[Run]) -> list[list[str]]:
     """Latent sites whose divergences can be told apart: all together if the guide has others."""
-    latents = [name for name, site in run.p.items() if not site["is_observed"]]
-    names = list(dict.fromkeys([*latents, *run.q]))
-    return [[name] for name in names] if names == latents else [names]
+    latents = [name for run in runs for name, site in run.p.items() if not site["is_observed"]]
+    names = list(dict.fromkeys([*latents, *(name for run in runs for name in run.q)]))
+    return [[name] for name in names] if set(names) == set(latents) else [names]
 
 
 def _divergence(runs: Sequence[Run], group: Sequence[str]) -> tuple[Tensor, int]:
     """Estimated divergence of a cell, averaged over cells and particles; and how many cells."""
-    sites = [site for part in (runs[0].p, runs[0].q) for n, site in part.items() if n in group]
+    parts = [part for run in runs for part in (run.p, run.q)]
+    sites = [part[name] for part in parts for name in group if name in part]
     shared = set.intersection(*(set(site["cond_indep_stack"]) for site in sites))
     cells = math.prod(f.full_size or f.size for f in shared if f.vectorized)
     divergence = sum(

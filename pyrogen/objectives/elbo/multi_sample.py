@@ -28,7 +28,7 @@ class Weighed:
         sites = run.sites
         outside = math.prod(map(_scale, cells))
         inside = [site["scale"] / outside for site in sites]
-        if inside and all(torch.equal(*map(torch.as_tensor, (s, inside[0]))) for s in inside):
+        if inside and all(_equal(scale, inside[0]) for scale in inside):
             outside, inside = outside * inside[0], [1.0] * len(inside)
         self.scale = outside
 
@@ -55,10 +55,10 @@ def weigh(runs: Sequence[Run], *, particles: int) -> list[Weighed]:
     Raises:
         NotImplementedError: If a subsampled plate does not hold every site.
     """
-    plates = [_plates(site) for run in runs for site in run.sites]
+    plates = [set(site["cond_indep_stack"]) for run in runs for site in run.sites]
     cells = set.intersection(*plates) if plates else set()
-    if particles > 1 and plates:
-        _check_subsampling(runs[0].sites, cells)
+    if particles > 1:
+        _check_subsampling(runs[0].sites, plates, cells)
     return [Weighed(run, cells) for run in runs]
 
 
@@ -157,16 +157,17 @@ class MultiSample(Bound):
         log_weight = self._stack([w.log_p - w.log_q for w in weighed])
         fixed = log_weight.detach()
 
-        loss = self.sign * (scale * self.value(fixed)).sum()
+        bound = self.value(log_weight)
+        loss = self.sign * (scale * bound).sum()
         if not torch.is_grad_enabled():
             return loss, loss
-        if runs[0].held is None:
-            surrogate = self.sign * (scale * self.value(log_weight)).sum()
-        else:
+        surrogate = loss
+        if runs[0].held is not None:
             surrogate = self.sign * (scale * self._along_path(weighed, fixed)).sum()
         score = self._stack([w.score for w in weighed])
         if score.requires_grad:
-            surrogate = surrogate + self._score(fixed, score, scale, args, kwargs)
+            signal = bound.detach().expand_as(fixed)
+            surrogate = surrogate + self._score(signal, fixed, score, scale, args, kwargs)
         return loss, surrogate
 
     def _along_path(self, weighed: Sequence[Weighed], fixed: Tensor) -> Tensor:
@@ -183,9 +184,14 @@ class MultiSample(Bound):
         return total
 
     def _score(
-        self, fixed: Tensor, score: Tensor, scale: Any, args: tuple, kwargs: dict
+        self,
+        signal: Tensor,
+        fixed: Tensor,
+        score: Tensor,
+        scale: Any,
+        args: tuple,
+        kwargs: dict,
     ) -> Tensor:
-        signal = self.value(fixed).expand_as(fixed)
         others = self.leave_one_out(fixed) if len(fixed) > 1 else None
         name = type(self).__name__
         gain = signal - self.gradient.baseline(name, signal, others, *args, **kwargs)
@@ -193,18 +199,24 @@ class MultiSample(Bound):
         return loss + gain.square().mean(0).sum() if gain.requires_grad else loss
 
 
-def _plates(site: Any) -> set[CondIndepStackFrame]:
-    return set(site["cond_indep_stack"])
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, float) and isinstance(b, float):
+        return a == b
+    return torch.equal(torch.as_tensor(a), torch.as_tensor(b))
 
 
 def _scale(plate: CondIndepStackFrame) -> float:
     return 1.0 if plate.full_size is None else plate.full_size / plate.size
 
 
-def _check_subsampling(sites: Sequence[Any], cells: set[CondIndepStackFrame]) -> None:
-    for plate in set.union(*map(_plates, sites)) - cells:
+def _check_subsampling(
+    sites: Sequence[Any], plates: Sequence[set], cells: set[CondIndepStackFrame]
+) -> None:
+    for plate in {plate for site in sites for plate in site["cond_indep_stack"]} - cells:
         if _scale(plate) != 1:
-            outside = next(site["name"] for site in sites if plate not in _plates(site))
+            outside = next(
+                s["name"] for s, its in zip(sites, plates, strict=False) if plate not in its
+            )
             raise NotImplementedError(
                 f"Plate {plate.name!r} holds a subsample, {plate.size} of {plate.full_size}, and "
                 f"site {outside!r} does not share one cell of it. A scale inside the logarithm "
