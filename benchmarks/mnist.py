@@ -259,7 +259,7 @@ def shown(nats: Tensor, piece: int) -> Tensor:
 
 
 def compare(c: argparse.Namespace) -> None:
-    """Train in every way for the same time and for the same steps, and score alike."""
+    """Train in every way for the same CPU time and for the same steps, and score alike."""
     images, x = mnist("train"), held_out(c.images)
     rows: list[tuple[str, str, int, float, Tensor]] = []
     steps = 0
@@ -271,13 +271,13 @@ def compare(c: argparse.Namespace) -> None:
         marks: dict[str, tuple[int, float, dict[str, Tensor]]] = {}
         with pyro.validation_enabled(False):  # noqa: FBT003
             while not {"time", "steps"} <= marks.keys():
-                start = time.perf_counter()
+                start = time.process_time()
                 batch = next(iterator, None)
                 if batch is None:
                     iterator = iter(batches)
                     batch = next(iterator)
                 way.step(*batch)
-                taken, seconds = taken + 1, seconds + time.perf_counter() - start
+                taken, seconds = taken + 1, seconds + time.process_time() - start
                 if seconds >= c.seconds and "time" not in marks:
                     steps = steps or taken  # of the first one, for all
                     marks["time"] = (taken, seconds, clone(way.nets))
@@ -301,7 +301,7 @@ def clone(module: nn.Module) -> dict[str, Tensor]:
 
 
 def speed(c: argparse.Namespace) -> None:
-    """Time a step of every way, in turns, so that what else the machine does hits all alike."""
+    """Take the median CPU time of a step of every way, in turns."""
     images = mnist("train")
     x = images[: c.batch].bernoulli()
     print("| k | way | ms a step | times plain torch |\n|---|---|---|---|")
@@ -316,9 +316,9 @@ def speed(c: argparse.Namespace) -> None:
         with pyro.validation_enabled(False):  # noqa: FBT003
             for _ in range(300 // k + 10):
                 for way, spent in zip(ways, times, strict=True):
-                    start = time.perf_counter()
+                    start = time.process_time()
                     way.step(x)
-                    spent.append(time.perf_counter() - start)
+                    spent.append(time.process_time() - start)
         medians = [1e3 * sorted(spent[3:])[len(spent[3:]) // 2] for spent in times]
         for way, median in zip(ways, medians, strict=True):
             print(f"| {k} | {way.name} | {median:.2f} | {median / medians[0]:.2f} |", flush=True)

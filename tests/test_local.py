@@ -329,6 +329,9 @@ def test_refusals_say_what_to_do():
         guide(x[:39])
     with pytest.raises(TypeError, match="integers of shape"):
         guide.posterior(x)
+    for rows in (torch.tensor([3, 40]), torch.tensor([-1])):
+        with pytest.raises(ValueError, match=r"40 data, got rows from .*Pass rows in 0, ..., 39"):
+            guide.joint(rows)
     with pytest.raises(TypeError, match=r"guide is Local, got Amortized.*use Refined"):
         VariationalEM(ELBO()(model, Amortized(model, nn.Linear(2, 2))), Descent(ELBO()))
     with pytest.raises(TypeError, match=r"Pass loss\(model, guide\)"):
@@ -337,6 +340,17 @@ def test_refusals_say_what_to_do():
     with pytest.raises(FloatingPointError, match="Descent diverged within 9 steps"):
         VariationalEM(ELBO()(model, guide), leaps)(x)
     assert guide.table.isfinite().all()
+
+
+def test_failed_setup_is_none():
+    def reordered(x, rows):
+        with pyro.plate("data", 3, subsample=rows):
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    guide, x = Local(reordered), torch.zeros(3)
+    with pytest.raises(NotImplementedError, match="'data' reorders all its 3 data"):
+        guide(x, torch.tensor([2, 0, 1]))
+    assert guide(x, torch.tensor([2, 0]))["z"].shape == (2,)
 
 
 def test_refined_for_a_new_look_at_old_data(linear):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from pyro import poutine
 from pyro.infer import Predictive
+from pyro.infer.autoguide import init_to_value
 
 from pyrogen.distributions import nsf
 from pyrogen.guides import AutoFlow, Pathfinder
@@ -127,12 +128,13 @@ def test_poor_paths_have_no_weight():
 
 @pytest.mark.slow
 def test_eight_schools():
-    """The mode lies far from the mass; importance weights find the way back, roughly."""
+    """The mode lies far from the mass: a start only, and importance sampling says so."""
     target = EightSchools()
     guide = Pathfinder(target.non_centred, paths=20).fit()
     posterior = importance(target.non_centred, guide, draws=20_000)
     assert posterior.log_evidence == pytest.approx(target.log_evidence(), abs=0.6)
     assert posterior.mean("tau").item() == pytest.approx(3.598, abs=0.8)
+    assert not posterior.reliable
     centred = Pathfinder(target.centred, steps=60).fit()  # its density has no upper bound
     assert centred.elbo.max() > -42
 
@@ -164,6 +166,38 @@ def test_stands_wherever_a_guide_stands(linear):
     assert not list(guide.parameters())
 
 
+def test_starts_without_density_are_passed_over():
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z.log(), 0.1), obs=torch.tensor(0.0))
+
+    for seed in range(4):
+        pyro.set_rng_seed(seed)
+        guide = Pathfinder(model, paths=10).fit()
+        assert 1 <= len(guide.loc) < 10
+        assert torch.allclose(guide.get_posterior().mean, torch.ones(1), atol=0.1)
+
+
+def test_data_outside_the_support_are_refused():
+    def model():
+        rate = pyro.sample("rate", dist.Gamma(2.0, 1.0))
+        pyro.sample("x", dist.Poisson(rate), obs=torch.tensor(2.5))
+
+    with pytest.raises(ValueError, match=r"(?s)site 'x'.*within the support"):
+        Pathfinder(model).fit()
+
+
+def test_second_fit_may_have_other_data():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    guide = Pathfinder(model, paths=2)
+    for x in (torch.zeros(5), torch.tensor([2.0, -4.0])):
+        assert torch.allclose(guide.fit(x).get_posterior().mean, x / 2, atol=0.05)
+
+
 def test_double_precision():
     guide = Pathfinder(EightSchools(dtype=torch.float64).non_centred, paths=1, steps=5).fit()
     assert guide.loc.dtype == torch.float64
@@ -186,5 +220,21 @@ def test_refusals_say_what_to_do(linear):
 
     with pytest.raises(NotImplementedError, match="Pathfinder would give all minibatches"):
         Pathfinder(local).fit(x)
+
+    def minibatch(x):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", 3, subsample_size=2) as rows:
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x[rows])
+
+    with pytest.raises(NotImplementedError, match=r"'data' holds a subsample of 2 of 3.*changes"):
+        Pathfinder(minibatch).fit(x)
+
+    def flat():
+        improper = dist.ImproperUniform(dist.constraints.real, (), ())
+        pyro.sample("z", improper)
+
+    start = init_to_value(values={"z": torch.tensor(0.0)})
+    with pytest.raises(ValueError, match="depends on the latents, got a constant"):
+        Pathfinder(flat, init_loc_fn=start).fit()
     with pytest.raises(ValueError, match="discrete sample site 'k'"):
         Pathfinder(lambda: pyro.sample("k", dist.Bernoulli(0.5))).fit()

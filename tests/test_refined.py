@@ -307,6 +307,41 @@ def test_what_is_shared_may_be_drawn_beside():
     assert torch.allclose(trace.nodes["z"]["fn"].mean, exact, atol=0.05)
 
 
+def test_many_draws_of_what_is_given_are_refused():
+    """Each would need steps of its own."""
+
+    class Encoder(nn.Linear):
+        def forward(self, x, context):
+            return super().forward(torch.cat([x, context], dim=-1))
+
+    def model(x):
+        m = pyro.sample("m", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(m, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x[:, 0])
+
+    def local(m):
+        return Refined(Amortized(m, Encoder(2, 2), given="m"), Descent(plain(3), steps=2))
+
+    guide = Mixed(model, globals=AutoNormal, locals=local)
+    x = torch.randn(6, 1)
+    assert math.isfinite(ELBO(3).loss(model, guide, x))
+    with pytest.raises(NotImplementedError, match=r"6 data, got .*vectorize_particles=False"):
+        plain(3).loss(model, guide, x)
+
+
+def test_plate_of_the_data_may_be_named():
+    def model(x):
+        with pyro.plate("rows", 2, dim=-2), pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x[:, 0].expand(2, -1))
+
+    x = torch.tensor([[0.0], [2.0], [4.0]])
+    named = Amortized(model, nn.Linear(1, 4), plate="data")
+    guide = Refined(named, Descent(quiet(), steps=400, lr=0.2))
+    assert torch.allclose(guide.median(x)["z"], (x[:, 0] / 2).expand(2, -1), atol=0.05)
+
+
 def test_double_precision(linear):
     target = LinearGaussian(torch.eye(2, dtype=torch.float64), noise=0.5)
     x = torch.randn(4, 2, dtype=torch.float64)

@@ -21,8 +21,9 @@ __all__ = [
 from .amortized import Amortized
 from .auto import AutoFlow
 from .families import Diagonal, Family, FlowFamily, FullCovariance, LowRank
-from .local import Local, VariationalEM
+from .local import Local
 from .mixed import Mixed
 from .pathfinder import Pathfinder
 from .refined import Refined
 from .refinement import Descent, Refinement, Unrolled
+from .variational_em import VariationalEM

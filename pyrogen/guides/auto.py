@@ -9,7 +9,7 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.distributions import TorchDistribution
-from pyro.infer.autoguide import AutoLaplaceApproximation, init_to_median
+from pyro.infer.autoguide import AutoGuide, AutoLaplaceApproximation, init_to_median
 from pyro.infer.autoguide.guides import AutoContinuous
 from torch import Tensor, nn
 from torch.distributions import biject_to
@@ -84,6 +84,10 @@ class AutoFlow(AutoContinuous):
         self.recipe = recipe
         self.init_scale = init_scale
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Keep the model, which Pyro would forget when the guide is copied."""
+        return {**super(AutoGuide, self).__getstate__(), "master": None}
+
     def setup(self, *args: Any, **kwargs: Any) -> Self:
         """Build the flow from a run of the model, so that it has parameters to optimize.
 
@@ -137,13 +141,6 @@ class AutoFlow(AutoContinuous):
     def warm_start(self, guide: Callable, *args: Any, draws: int = DRAWS, **kwargs: Any) -> Self:
         """Start from a simpler guide that has been fitted: its mean, scale and correlations.
 
-        Example:
-            >>> from pyrogen.distributions import nsf
-            >>> from pyrogen.guides import Pathfinder
-            >>> from pyrogen.targets import EightSchools
-            >>> model = EightSchools().non_centred
-            >>> guide = AutoFlow(model, nsf).warm_start(Pathfinder(model).fit())
-
         Args:
             guide: Guide of the same latents, such as Pyro's ``AutoMultivariateNormal``,
                 :class:`~pyrogen.guides.Pathfinder` or an ``AutoLaplaceApproximation``, which
@@ -157,6 +154,13 @@ class AutoFlow(AutoContinuous):
 
         Raises:
             ValueError: If the other guide lacks a site, or is a point.
+
+        Example:
+            >>> from pyrogen.distributions import nsf
+            >>> from pyrogen.guides import Pathfinder
+            >>> from pyrogen.targets import EightSchools
+            >>> model = EightSchools().non_centred
+            >>> guide = AutoFlow(model, nsf).warm_start(Pathfinder(model).fit())
         """
         self.setup(*args, **kwargs)
         if isinstance(guide, AutoLaplaceApproximation):
@@ -213,6 +217,7 @@ class AutoFlow(AutoContinuous):
     def _flow(self) -> Flow:
         return cast(Flow, self._modules["flow"])  # see parameters.announce
 
+    @torch.no_grad()  # or the guide could not be copied
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         super()._setup_prototype(*args, **kwargs)
         trace: Any = self.prototype_trace

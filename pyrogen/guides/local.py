@@ -1,22 +1,20 @@
 """Posteriors of each datum's own: no encoder, one row of a table for every datum."""
 
-__all__ = ["Local", "VariationalEM"]
+__all__ = ["Local"]
 
 from collections.abc import Callable
 from typing import Any, cast
 
+import pyro.distributions as dist
 import torch
 from pyro import poutine
-from pyro.infer.elbo import ELBOModule
 from torch import Tensor, nn
 
-from .amortized import Amortized
 from .families import Family
-from .refined import At, refine
-from .refinement import Refinement
+from .per_datum import PerDatum
 
 
-class Local(Amortized):
+class Local(PerDatum):
     r"""Posterior of the local latents of a plate, with parameters of its own for each datum.
 
     .. math:: q(z_i) = q_{\lambda_i}(z_i), \qquad i = 1, \dots, N,
@@ -78,13 +76,40 @@ class Local(Amortized):
         self._refuse_unseen()
         return cast(_Table, self._encoder).rows
 
-    def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
-        super()._setup_prototype(*args, **kwargs)
-        trace = cast(Any, self.prototype_trace)
-        value = next(trace.iter_stochastic_nodes())[1]["value"]
+    def joint(self, rows: Tensor) -> dist.TorchDistribution:
+        """Return the law of a datum's unconstrained latents, side by side in the model's order.
+
+        Args:
+            rows: Numbers of data in the plate, integers of shape ``(batch,)``.
+
+        Returns:
+            Distribution of batch shape ``(len(rows),)`` and event shape ``(latents,)``.
+
+        Raises:
+            RuntimeError: If the guide has not seen a run of its model.
+            TypeError: If the rows are not integers.
+            ValueError: If the guide has no such rows.
+        """
+        return self._family(self._look_up(self._known(rows)))
+
+    def posterior(self, rows: Tensor) -> dict[str, dist.TorchDistribution]:
+        """Return the posterior of every site of some data, batch shape ``(len(rows), *inner)``.
+
+        Args:
+            rows: Numbers of data in the plate, integers of shape ``(batch,)``.
+
+        Raises:
+            RuntimeError: If the guide has not seen a run of its model.
+            NotImplementedError: If the family ties several sites, or the cells of a plate.
+            TypeError: If the rows are not integers.
+            ValueError: If the guide has no such rows.
+        """
+        return self._posterior(self._look_up(self._known(rows)))
+
+    def _build(self, like: Tensor, *args: Any, **kwargs: Any) -> None:
         with poutine.block():
             plate = self._create_plates(*args, **kwargs)[self._plate]
-        cast(_Table, self._encoder).build(plate.size, self._family.outputs, value)
+        cast(_Table, self._encoder).build(plate.size, self._family.outputs, like)
 
     def _read(self, plate: Any, *args: Any, **kwargs: Any) -> Tensor:
         if plate.size != len(self.table):
@@ -92,95 +117,29 @@ class Local(Amortized):
                 f"Local holds the posteriors of {len(self.table)} data, and plate {plate.name!r} "
                 f"has {plate.size}. Make a new guide for other data, or use Amortized."
             )
-        return self._encode(plate.indices, None, plate_dim=plate.dim)
+        numbers = self._look_up(plate.indices)
+        return numbers.reshape(len(numbers), *[1] * (-plate.dim - 1), -1)
 
-    def _encode(self, x: Tensor, context: Tensor | None, *, plate_dim: int) -> Tensor:
-        if x.dtype != torch.long or x.ndim != 1:
+    def _look_up(self, rows: Tensor) -> Tensor:
+        return self.table[rows.to(self.table.device)]
+
+    def _known(self, rows: Tensor) -> Tensor:
+        """The rows, if there are such; those of a plate are."""
+        data = len(self.table)
+        if not isinstance(rows, Tensor) or rows.dtype != torch.long or rows.ndim != 1:
+            got = type(rows).__name__
+            if isinstance(rows, Tensor):
+                got = f"{rows.dtype} of shape {tuple(rows.shape)}"
             raise TypeError(
-                f"Local expected the numbers of data, integers of shape (batch,), got {x.dtype} "
-                f"of shape {tuple(x.shape)}. Pass rows of the plate, such as torch.arange(10)."
+                f"Local expected the numbers of data, integers of shape (batch,), got {got}. Pass "
+                "rows of the plate, such as torch.arange(10)."
             )
-        rows = self.table[x.to(self.table.device)]
-        return rows.reshape(len(x), *[1] * (-plate_dim - 1), -1)
-
-
-class VariationalEM(nn.Module):
-    r"""Loss of the model at the posteriors that are best for it: optimise these, then it.
-
-    For each minibatch, with the model's parameters :math:`\theta` as they are,
-
-    .. math:: \lambda_i \leftarrow \text{steps of descent on } L_i(\theta, \lambda_i)
-        \quad\text{for its data } i, \qquad \text{then return }
-        \sum_i L_i(\theta, \lambda_i),
-
-    whose gradient in :math:`\theta` is that of the bound at the :math:`\lambda_i` reached. They
-    are kept, and descent goes on from them when the datum comes again. It starts with an optimizer
-    of its own each time, so the rows of all other data stay where they are. What the posteriors
-    share, such as the flow of a :class:`~pyrogen.guides.FlowFamily`, moves with the model.
-
-    In evaluation mode the posteriors stay as they are.
-
-    Cost: one run of guide and model per step of descent, and one for the loss.
-
-    Args:
-        bound: ``loss(model, guide)`` with a guide that is :class:`Local`.
-        refinement: The steps, such as :class:`~pyrogen.guides.Descent`. Its loss may be another.
-
-    Raises:
-        TypeError: If the guide is not :class:`Local`.
-        FloatingPointError: If the steps diverge.
-
-    References:
-        Neal, Hinton. A View of the EM Algorithm that Justifies Incremental, Sparse, and Other
-        Variants. Learning in Graphical Models, 1998.
-        Ranganath, Gerrish, Blei. Black Box Variational Inference. AISTATS 2014. arXiv:1401.0118
-
-    Example:
-        >>> from pyrogen.guides import Descent
-        >>> from pyrogen.objectives import ELBO
-        >>> loc = nn.Parameter(torch.zeros(()))
-        >>> def model(x):
-        ...     with pyro.plate("data", len(x)):
-        ...         z = pyro.sample("z", dist.Normal(loc, 1.0))
-        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
-        >>> loss, x = ELBO(), torch.tensor([3.0, 5.0])
-        >>> em = VariationalEM(loss(model, Local(model)), Descent(loss, steps=100, lr=0.2))
-        >>> em(x).backward()
-        >>> loc.grad < -3.0  # the sum of loc - z, where z is near x / 2
-        tensor(True)
-    """
-
-    def __init__(self, bound: ELBOModule, refinement: Refinement) -> None:
-        super().__init__()
-        if not isinstance(bound, ELBOModule):
-            raise TypeError(
-                f"VariationalEM expected a bound of a model and a guide, got "
-                f"{type(bound).__name__}. Pass loss(model, guide)."
+        if rows.numel() and not 0 <= rows.min() <= rows.max() < data:
+            raise ValueError(
+                f"Local holds the posteriors of {data} data, got rows from {int(rows.min())} to "
+                f"{int(rows.max())}. Pass rows in 0, ..., {data - 1}, or use Amortized."
             )
-        guide = bound.guide
-        if not isinstance(guide, Local):
-            raise TypeError(
-                f"VariationalEM expected a bound whose guide is Local, got "
-                f"{type(guide).__name__}. To refine what an encoder says, use Refined."
-            )
-        self.bound = bound
-        self.refinement = refinement
-        self._at = (At(guide),)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        guide, (at,) = cast(Local, self.bound.guide), self._at
-        guide.setup(*args, **kwargs)
-        with poutine.block():
-            plate = guide._create_plates(*args, **kwargs)[guide._plate]
-            numbers = guide._read(plate, *args, **kwargs).detach()
-        if self.training:
-            numbers = refine(at, self.refinement, numbers, plate, args, kwargs).detach()
-            with torch.no_grad():
-                guide.table[plate.indices] = numbers.reshape(len(numbers), -1)
-        at.setup(*args, **kwargs)
-        with at.holding(numbers, plate):
-            loss = cast(Any, self.bound.elbo)
-            return loss.differentiable_loss(self.bound.model, at, *args, **kwargs)
+        return rows
 
 
 class _Table(nn.Module):

@@ -66,8 +66,7 @@ class Mixed(nn.Module):
         self._global: set[str] = set()
         self._local: set[str] = set()
         self._drawn: dict[str, Tensor] = {}
-        local = self._local
-        outside = poutine.block(model, hide_fn=lambda site: site["name"] in local)
+        outside = poutine.block(model, hide_fn=self._is_local)  # a method is copied with its guide
         self.globals = _made(globals, outside, "globals")
         self.locals = _made(locals, poutine.condition(model, data=self._drawn), "locals")
 
@@ -100,6 +99,9 @@ class Mixed(nn.Module):
             self.setup(*args, **kwargs)
         outside = self.globals.median(*args, **kwargs)  # type: ignore[operator]
         return self._then_locals(outside, self.locals.median, *args, **kwargs)  # type: ignore
+
+    def _is_local(self, site: Any) -> bool:
+        return site["name"] in self._local
 
     def _then_locals(
         self, drawn: dict[str, Tensor], part: Callable, *args: Any, **kwargs: Any

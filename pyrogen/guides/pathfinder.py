@@ -9,12 +9,13 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
-from pyro.infer.autoguide import init_to_uniform
+from pyro.infer.autoguide import AutoGuide, init_to_uniform
 from pyro.infer.autoguide.guides import AutoContinuous
 from torch import Tensor
 from torch.distributions import biject_to
 
 from .auto import quantiles_from, refuse_subsamples
+from .sites import subsampled
 
 TOLERANCE = 1e-8  # of a step's decrease, relative to the log-density; then a path has ended
 STRAIGHTEST = 1e12  # largest |y|^2 / s'y of a step whose curvature is believed
@@ -28,13 +29,17 @@ class Pathfinder(AutoContinuous):
 
     .. math:: \mathcal N\big(u + H \nabla \log p(u, x),\; H\big),
 
-    and the one of the highest evidence lower bound :math:`L_k` is kept: on a funnel it lies
-    before the mode, which is where the mass is. Paths are mixed with weights
-    :math:`e^{L_k} / \sum_j e^{L_j}`, so one that ended in a poor place has none.
+    and the one of the highest evidence lower bound :math:`L_k` is kept. Paths are mixed with
+    weights :math:`e^{L_k} / \sum_j e^{L_j}`, so one that ended in a poor place has none.
 
-    It has no parameters: :meth:`fit` is all there is to do. Correct it by
-    :func:`~pyrogen.inference.importance`, or start an :class:`~pyrogen.guides.AutoFlow` from it by
-    ``warm_start``.
+    It is a start, not a posterior: for chains, or for an :class:`~pyrogen.guides.AutoFlow` by
+    ``warm_start``. Where the posterior is nearly normal the path ends at it. Where it is not, as
+    in hierarchies with a scale of their own, the best point comes early, and directions that the
+    path has not moved along by then keep a standard deviation of 1: of eight schools, in
+    either form, neither the mean nor the spread of ``mu`` can be trusted.
+    :func:`~pyrogen.inference.importance` corrects it where its ``reliable`` says so.
+
+    It has no parameters: :meth:`fit` is all there is to do.
 
     Cost: ``paths * steps`` gradients at most, and ``particles`` densities for each, in one run;
     memory and time of order ``latents ** 2`` and ``latents ** 3`` per point.
@@ -50,8 +55,8 @@ class Pathfinder(AutoContinuous):
             in [-2, 2] for each unconstrained latent.
 
     Raises:
-        ValueError: If a number is not positive, or a site is discrete.
-        NotImplementedError: If a latent lies in a subsampled plate.
+        ValueError: If a number is not positive, a site is discrete, or the density is constant.
+        NotImplementedError: If a plate is subsampled: the density would change at every look.
         RuntimeError: If it is run before it is fitted.
         FloatingPointError: If no path has a point of finite density.
 
@@ -93,19 +98,22 @@ class Pathfinder(AutoContinuous):
         self.history = history
         self.particles = particles
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Keep the model, which Pyro would forget when the guide is copied."""
+        return {**super(AutoGuide, self).__getstate__(), "master": None}
+
     def fit(self, *args: Any, **kwargs: Any) -> Self:
         """Follow all paths, given the model's arguments; draws anew if called again.
 
         Returns:
             The guide itself.
         """
-        if self.prototype_trace is None:
-            self._setup_prototype(*args, **kwargs)
 
         def log_prob(u: Tensor) -> Tensor:
             return self._log_joint(u, *args, **kwargs)
 
         with poutine.block(), pyro.validation_enabled(False):  # noqa: FBT003  # steps may go far
+            self._setup_prototype(*args, **kwargs)  # the data may be others than before
             starts = [self._start(*args, **kwargs) for _ in range(self.paths)]
             found = [self._follow(log_prob, start) for start in starts]
         best = [normal for normal in found if normal is not None]
@@ -115,6 +123,8 @@ class Pathfinder(AutoContinuous):
                 "look for NaN in the data."
             )
         self._build(*(torch.stack(part).to(starts[0]) for part in zip(*best, strict=True)))
+        with torch.no_grad(), poutine.block():
+            log_prob(self.loc[self.elbo.argmax()][None])  # validated: may refuse the model's data
         return self
 
     def get_posterior(self, *args: Any, **kwargs: Any) -> dist.MixtureSameFamily:
@@ -203,6 +213,7 @@ class Pathfinder(AutoContinuous):
             ]
         )
 
+    @torch.no_grad()  # or the guide could not be copied
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         super()._setup_prototype(*args, **kwargs)
         trace: Any = self.prototype_trace
@@ -211,6 +222,12 @@ class Pathfinder(AutoContinuous):
         with poutine.block():  # observed sites may lie in more plates
             sites: Any = poutine.trace(self.model).get_trace(*args, **kwargs).nodes.values()
         frames = [f for s in sites if s["type"] == "sample" for f in s["cond_indep_stack"]]
+        for frame in filter(subsampled, frames):
+            raise NotImplementedError(
+                f"Plate {frame.name!r} holds a subsample of {frame.size} of {frame.full_size}, so "
+                "the density changes from run to run and its curvature cannot be told. Pass all "
+                "data, or use AutoFlow."
+            )
         self._nesting = max((-frame.dim for frame in frames if frame.vectorized), default=0)
         self.prototype_trace = trace
 
@@ -243,6 +260,11 @@ def _point(log_prob: Callable[[Tensor], Tensor], u: Tensor, like: Tensor) -> _Po
     at = u.to(like).requires_grad_()
     with torch.enable_grad():
         loss = -log_prob(at[None])[0]
+        if not loss.requires_grad:
+            raise ValueError(
+                "Pathfinder expected a density that depends on the latents, got a constant. Give "
+                "them a proper prior, and do not detach them."
+            )
         (slope,) = torch.autograd.grad(loss, [at])
     fine = loss.isfinite() and slope.isfinite().all()
     return _Point(u, loss.item() if fine else torch.inf, slope.double())

@@ -1,25 +1,23 @@
 """A guide that refines another one's posteriors for the data at hand."""
 
-__all__ = ["At", "Refined", "refine"]
+__all__ = ["Refined"]
 
-import math
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, ClassVar, cast
+from contextlib import contextmanager
+from typing import Any, ClassVar
 
 import pyro
 import pyro.distributions as dist
 import torch
-from pyro import poutine
 from pyro.distributions import constraints
-from pyro.poutine.runtime import _DIM_ALLOCATOR
-from torch import Size, Tensor, nn
+from torch import Size, Tensor
 
-from .amortized import Amortized
+from .at import At, refine
+from .per_datum import PerDatum
 from .refinement import Refinement
 
 
-class Refined(Amortized):
+class Refined(PerDatum):
     r"""A guide that starts where another one ends, and refines it for the data at hand.
 
     .. math:: q_{\lambda_T(x)}(z), \qquad \lambda_0 = e(x), \quad
@@ -35,7 +33,8 @@ class Refined(Amortized):
     them.
 
     Latents outside the data's plate, if hidden from the guide, are drawn from their prior in the
-    steps.
+    steps. Within :class:`~pyrogen.guides.Mixed` they are those of the run; its particles must then
+    be drawn one at a time.
 
     Cost: that of the steps, once per run.
 
@@ -47,7 +46,8 @@ class Refined(Amortized):
 
     Raises:
         TypeError: If ``guide`` is not per datum.
-        NotImplementedError: If the posterior is asked for from data alone.
+        NotImplementedError: If the posterior is asked for from data alone, or the sites given
+            have many draws at once.
         FloatingPointError: If the steps diverge.
 
     References:
@@ -69,25 +69,39 @@ class Refined(Amortized):
         tensor([2.])
     """
 
-    def __init__(self, guide: Amortized, refinement: Refinement) -> None:
-        if not isinstance(guide, Amortized):
+    def __init__(self, guide: PerDatum, refinement: Refinement) -> None:
+        if not isinstance(guide, PerDatum):
             raise TypeError(
                 f"Refined expected a guide with numbers for each datum, got "
                 f"{type(guide).__name__}. Pass Amortized or Local."
             )
-        super().__init__(guide.model, guide.encoder, family=guide.family)
+        super().__init__(
+            guide.model,
+            guide.encoder,
+            family=guide.family,
+            plate=guide.plate,
+            create_plates=guide.create_plates,
+        )
         self.refinement = refinement
         self._guide = (guide,)  # not a submodule: its parameters are in encoder and family
         self._at = (At(guide),)
 
     @property
-    def guide(self) -> Amortized:
+    def guide(self) -> PerDatum:
         """The guide that gives the start."""
         return self._guide[0]
 
-    def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
+    def joint(self, x: Tensor, context: Tensor | None = None) -> Any:
+        """Refuse: steps need the model's arguments."""
+        raise NotImplementedError(
+            "Refined needs the arguments of its model, not the data alone. Call guide(*args) or "
+            "guide.median(*args), or guide.guide.posterior(x) for where it starts."
+        )
+
+    posterior = joint
+
+    def _build(self, like: Tensor, *args: Any, **kwargs: Any) -> None:
         self.guide.setup(*args, **kwargs)
-        super()._setup_prototype(*args, **kwargs)
 
     def _read(self, plate: Any, *args: Any, **kwargs: Any) -> Tensor:
         start = self.guide._read(plate, *args, **kwargs)
@@ -97,108 +111,6 @@ class Refined(Amortized):
             )
         seeded = _seeded(int(noise.flatten()[0]), start.device)
         return refine(self._at[0], self.refinement, start, plate, args, kwargs, noise=seeded)
-
-    def _encode(self, x: Tensor, context: Tensor | None, *, plate_dim: int) -> Tensor:
-        raise NotImplementedError(
-            "Refined needs the arguments of its model, not the data alone. Call guide(*args) or "
-            "guide.median(*args), or guide.guide.posterior(x) for where it starts."
-        )
-
-    def _create_plates(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        if self.master is not None:
-            return super()._create_plates(*args, **kwargs)
-        self.plates = self.guide._create_plates(*args, **kwargs)
-        return self.plates
-
-
-class At(Amortized):
-    """A guide's posteriors at numbers that are given: what steps are taken on.
-
-    Args:
-        guide: The guide in question.
-    """
-
-    def __init__(self, guide: Amortized) -> None:
-        super().__init__(guide.model, nn.Identity(), family=guide.family, plate=guide.plate)
-        self._held: tuple[Any, ...] = ()
-
-    @contextmanager
-    def holding(self, numbers: Tensor, plate: Any) -> Iterator[None]:
-        """Be the posterior of these numbers, one row for each datum that ``plate`` shows."""
-        before, self._held = self._held, (numbers, plate)
-        try:
-            yield
-        finally:
-            self._held = before
-
-    def _read(self, plate: Any, *args: Any, **kwargs: Any) -> Tensor:
-        return self._held[0]
-
-    def _enter_as_model(self, *args: Any, **kwargs: Any) -> Any:
-        plate = self._held[1]
-        return pyro.plate(plate.name, plate.size, subsample=plate.indices, dim=plate.dim)
-
-
-def refine(
-    at: At,
-    refinement: Refinement,
-    start: Tensor,
-    plate: Any,
-    args: tuple,
-    kwargs: dict,
-    *,
-    noise: AbstractContextManager | None = None,
-) -> Tensor:
-    """Take the steps of a refinement for the data that a plate shows, out of all handlers' sight.
-
-    Args:
-        at: The guide, to be held at the numbers in question.
-        refinement: The steps.
-        start: Numbers to start from, as the guide reads them.
-        plate: The data's plate.
-        args: Arguments of the model.
-        kwargs: Keywords of the model.
-        noise: What to be in while the steps are made.
-
-    Raises:
-        FloatingPointError: If they diverge.
-    """
-    share = poutine.scale(scale=plate.subsample_size / plate.size)  # each datum counts once
-    model, guide = share(at.model), share(at)
-    loss = cast(Any, refinement.loss)
-
-    def objective(numbers: Tensor) -> Tensor:
-        _check_finite(numbers, refinement)
-        with at.holding(numbers, plate):
-            return loss.differentiable_loss(model, guide, *args, **kwargs)
-
-    with _alone(), torch.enable_grad():
-        at.setup(*args, **kwargs)
-        if math.isinf(loss.max_plate_nesting):
-            objective(start.detach())  # the first run looks at the plates, with noise of its own
-        with noise or nullcontext():
-            end = refinement(objective, start)
-    _check_finite(end, refinement)
-    return end
-
-
-def _check_finite(numbers: Tensor, refinement: Refinement) -> None:
-    if not numbers.isfinite().all():
-        raise FloatingPointError(
-            f"{type(refinement).__name__} diverged within {refinement.steps} steps. Lower its "
-            "learning rate, or look for NaN in the data."
-        )
-
-
-@contextmanager
-def _alone() -> Iterator[None]:
-    """Run what is inside as if nothing were around it: no handler, and no plate."""
-    around, _DIM_ALLOCATOR._stack = _DIM_ALLOCATOR._stack, []
-    try:
-        with poutine.block():
-            yield
-    finally:
-        _DIM_ALLOCATOR._stack = around
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from pyro.util import check_if_enumerated, warn_if_nan
 from torch import Tensor, nn
 
 from ...parameters import announce
-from .gradients import Gradient
+from .gradients import Gradient, Reparameterized
 from .run import OneSubsample, Run
 
 
@@ -27,7 +27,7 @@ class Bound(PyroELBO):
 
     Args:
         num_particles: Number of draws.
-        gradient: How the gradient is estimated.
+        gradient: How the gradient is estimated; by default :class:`Reparameterized`.
         max_plate_nesting: Depth of the plates; guessed from a run by default.
         vectorize_particles: Whether the draws are made by one run inside a plate.
         retain_graph: Passed to ``backward`` by ``loss_and_grads``.
@@ -37,7 +37,7 @@ class Bound(PyroELBO):
         self,
         num_particles: int,
         *,
-        gradient: Gradient,
+        gradient: Gradient | None = None,
         max_plate_nesting: float = math.inf,
         vectorize_particles: bool = False,
         retain_graph: bool | None = None,
@@ -50,6 +50,7 @@ class Bound(PyroELBO):
                 f"{owner} expected a positive number of particles, got {num_particles}. Pass an "
                 "integer; every one more quiets the gradient."
             )
+        gradient = Reparameterized() if gradient is None else gradient
         if not isinstance(gradient, Gradient):
             raise TypeError(
                 f"{owner} expected a gradient, got {gradient!r}. Pass an object such as "
@@ -89,7 +90,7 @@ class Bound(PyroELBO):
         value, surrogate = self._evaluate(runs, args, kwargs)
         value = value.detach()
         warn_if_nan(value, "loss")
-        return value + (surrogate - surrogate.detach()) if surrogate.requires_grad else value
+        return _Valued.apply(value, surrogate) if surrogate.requires_grad else value
 
     @abstractmethod
     def _evaluate(self, runs: Sequence[Run], args: tuple, kwargs: dict) -> tuple[Tensor, Tensor]:
@@ -103,7 +104,7 @@ class Bound(PyroELBO):
     def _stack(self, runs: Sequence[Tensor]) -> Tensor:
         """Lead with the particles, given each run's tensor in the shape of the plates."""
         if not (self.vectorize_particles and self.num_particles > 1):
-            return torch.stack(list(runs))
+            return torch.stack(torch.broadcast_tensors(*runs))
         x = runs[0]
         x = x.reshape((1,) * (self.max_plate_nesting - x.ndim) + x.shape)
         x = x.movedim(-self.max_plate_nesting, 0)
@@ -114,6 +115,24 @@ class Bound(PyroELBO):
         if not (self.vectorize_particles and self.num_particles > 1):
             return list(x)
         return [x.movedim(0, -self.max_plate_nesting)]
+
+
+class _Valued(torch.autograd.Function):
+    """The value of one tensor with the gradient of another, which may itself be infinite."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(value: Tensor, surrogate: Tensor) -> Tensor:
+        return value.to(surrogate).clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor]:
+        return None, gradient
 
 
 class _BoundModule(ELBOModule):

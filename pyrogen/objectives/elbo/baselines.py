@@ -10,6 +10,10 @@ from typing import Any
 from torch import Tensor, nn
 
 
+def _first(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return x
+
+
 class Baseline(nn.Module, ABC):
     """A guess of a particle's learning signal that does not look at the particle's own draw.
 
@@ -129,9 +133,7 @@ class Learned(Baseline):
         torch.Size([10])
     """
 
-    def __init__(
-        self, net: nn.Module, *, select: Callable[..., Tensor] = lambda x, *_, **__: x
-    ) -> None:
+    def __init__(self, net: nn.Module, *, select: Callable[..., Tensor] = _first) -> None:
         super().__init__()
         if not isinstance(net, nn.Module):
             raise TypeError(
@@ -146,7 +148,7 @@ class Learned(Baseline):
     ) -> Tensor:
         plates = signal.shape[1:]
         guess = self.net(self.select(*args, **kwargs))
-        if guess.numel() != plates.numel():
+        if [n for n in guess.shape if n > 1] != [n for n in plates if n > 1]:
             raise ValueError(
                 f"Learned expected one number for each of {tuple(plates)} cells of site {site!r}, "
                 f"got shape {tuple(guess.shape)}. Change the network's output, or pass select=."

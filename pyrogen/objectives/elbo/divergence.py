@@ -107,7 +107,8 @@ class TailAdaptive(MultiSample):
         \gamma_k \propto \Big(\tfrac1K \#\{j : w_j \ge w_k\}\Big)^{\beta}
 
     The best of :math:`K` particles counts :math:`K^{-\beta}` times the worst, however heavy the
-    tail of the weights: mass-covering, with a gradient of finite variance. The gradient goes along
+    tail of the weights: mass-covering, with a gradient of finite variance. Ties are broken by the
+    order of the draws. The gradient goes along
     the path of the draws alone. The value of the loss is that of the negative ELBO; the model's
     parameters are weighed as the guide's.
 

@@ -8,14 +8,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from pyro.distributions.util import scale_and_mask
 from torch import Tensor, nn
 
 from .base import Bound
-from .gradients import Gradient, Reparameterized
-from .run import Run
+from .gradients import Gradient
+from .run import Run, in_plates, mean_of_others
 
 
-class Linear(Bound):
+class SingleSample(Bound):
     """A bound that is a mean over particles of a sum over sites: each draw answers for its own."""
 
     @abstractmethod
@@ -37,19 +38,22 @@ class Linear(Bound):
     ) -> Tensor:
         """Minus the score term of one site, averaged over particles, and its baseline's loss."""
         sites = [run.scored.get(name) for run in runs]
-        frames = next(frozenset(site["cond_indep_stack"]) for site in sites if site)
-        signals = [run.cost(frames, weights) for run in runs]
-        score = [site["score_parts"].score_function if site else None for site in sites]
-        if len({signal.shape for signal in signals}) > 1:
+        frames, *others = {frozenset(site["cond_indep_stack"]) for site in sites if site}
+        if others:
             raise ValueError(
                 f"The particles disagree on the plates of guide site {name!r}, and share one "
                 "baseline. Use one particle a step."
             )
+        signals = [run.cost(frames, weights) for run in runs]
+        score = [site["score_parts"].score_function if site else None for site in sites]
+        if any(site["infer"].get("baseline") for site in sites if site):
+            raise NotImplementedError(
+                f"Guide site {name!r} asks for a baseline by infer=, as TraceGraph_ELBO reads it. "
+                "Leave it out, and pass gradient=Reparameterized(MovingAverage())."
+            )
         signal = self._stack(signals)
-        others = None
-        if len(signal) > 1:
-            others = (signal.sum(0) - signal) / (len(signal) - 1)
-        guess = self.gradient.baseline(name, signal, others, *args, **kwargs)
+        rest = mean_of_others(signal) if len(signal) > 1 else None
+        guess = self.gradient.baseline(name, signal, rest, *args, **kwargs)
         gain = signal - guess
         self.gradient.observe(name, runs, gain.detach(), self._stack)
         parts = zip(self._unstack(gain.detach()), score, strict=True)
@@ -59,7 +63,7 @@ class Linear(Bound):
         return total / self.num_particles
 
 
-class ELBO(Linear):
+class ELBO(SingleSample):
     r"""The evidence lower bound, by any gradient.
 
     .. math:: L = E_{q(z)} \log \frac{p(x, z)}{q(z)} \le \log p(x)
@@ -114,7 +118,7 @@ class ELBO(Linear):
     ) -> None:
         super().__init__(
             num_particles,
-            gradient=Reparameterized() if gradient is None else gradient,
+            gradient=gradient,
             max_plate_nesting=max_plate_nesting,
             vectorize_particles=vectorize_particles,
             retain_graph=retain_graph,
@@ -160,7 +164,7 @@ class Annealing(nn.Module):
         return self.start + share * (self.stop - self.start)
 
 
-class Tempered(Linear):
+class Tempered(SingleSample):
     r"""The evidence lower bound with a weight on its divergence, and nats that are free.
 
     .. math:: L_\beta = E_q \log p(x \mid z) - \beta \sum_s \max\big(\lambda,\,
@@ -216,7 +220,7 @@ class Tempered(Linear):
             )
         super().__init__(
             num_particles,
-            gradient=Reparameterized() if gradient is None else gradient,
+            gradient=gradient,
             max_plate_nesting=max_plate_nesting,
             vectorize_particles=vectorize_particles,
             retain_graph=retain_graph,
@@ -229,12 +233,11 @@ class Tempered(Linear):
         weights: dict[str, float] = {}
         constant = 0.0
         for group in _groups(runs):
-            divergence, cells = _divergence(runs, group)
-            free = self.free_nats > 0 and bool(divergence < self.free_nats)
+            divergence, scale = _divergence(runs, group)
+            free = self.free_nats > 0 and divergence < self.free_nats
             weights |= dict.fromkeys(group, 0.0 if free else beta)
             if free:
-                particles = self.num_particles / len(runs)  # cells too, in a vectorized run
-                constant = constant + beta * self.free_nats * cells / particles
+                constant += beta * self.free_nats * scale / self.num_particles
         return weights, constant
 
 
@@ -245,17 +248,21 @@ def _groups(runs: Sequence[Run]) -> list[list[str]]:
     return [[name] for name in names] if set(names) == set(latents) else [names]
 
 
-def _divergence(runs: Sequence[Run], group: Sequence[str]) -> tuple[Tensor, int]:
-    """Estimated divergence of a cell, averaged over cells and particles; and how many cells."""
-    parts = [part for run in runs for part in (run.p, run.q)]
-    sites = [part[name] for part in parts for name in group if name in part]
-    shared = set.intersection(*(set(site["cond_indep_stack"]) for site in sites))
-    cells = math.prod(f.full_size or f.size for f in shared if f.vectorized)
-    divergence = sum(
-        part[name]["log_prob_sum"].detach() * sign
-        for run in runs
-        for part, sign in ((run.q, 1.0), (run.p, -1.0))
-        for name in group
-        if name in part
-    )
-    return torch.as_tensor(divergence) / (cells * len(runs)), cells
+def _divergence(runs: Sequence[Run], group: Sequence[str]) -> tuple[float, float]:
+    """Mean divergence of the cells that count, unscaled; and the sum of these cells' scales."""
+    total, count, scales = 0.0, 0.0, 0.0
+    for run in runs:
+        sites = [part[name] for part in (run.q, run.p) for name in group if name in part]
+        if not sites:
+            continue
+        shared = frozenset.intersection(*(frozenset(s["cond_indep_stack"]) for s in sites))
+        for site in sites:
+            log_prob = scale_and_mask(site["unscaled_log_prob"].detach(), mask=site["mask"])
+            sign = 1.0 if any(site is own for own in run.q.values()) else -1.0
+            total += sign * log_prob.sum().item()
+        one = torch.ones_like(sites[0]["unscaled_log_prob"])
+        seen = in_plates(scale_and_mask(one, mask=sites[0]["mask"]), shared)
+        scaled = in_plates(scale_and_mask(one, sites[0]["scale"], sites[0]["mask"]), shared)
+        count += (seen > 0).sum().item()
+        scales += (scaled[seen > 0] / seen[seen > 0]).sum().item()
+    return total / max(count, 1.0), scales

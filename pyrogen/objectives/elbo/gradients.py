@@ -3,7 +3,8 @@
 __all__ = ["DoublyReparameterized", "Gradient", "Reparameterized", "ScoreFunction"]
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,14 +14,12 @@ from pyro.distributions.util import is_identically_zero
 from pyro.infer.enum import get_importance_trace
 from pyro.infer.util import is_validation_enabled
 from pyro.poutine import Trace
-from pyro.poutine.guide import GuideMessenger
 from pyro.poutine.util import prune_subsample_sites
 from pyro.util import check_model_guide_match, check_site_shape
 from torch import Tensor, nn
-from torch.nn.modules.dropout import _DropoutNd
 
-from .baselines import Baseline, LeaveOneOut
-from .run import Crossing, Detached, Run, bare, is_point
+from .baselines import Baseline, LeaveOneOut, NoBaseline
+from .run import Crossing, Detached, Run, bare, check_runs_alone, dropouts, is_point, replayed
 
 
 class Gradient(nn.Module, ABC):
@@ -33,7 +32,7 @@ class Gradient(nn.Module, ABC):
         baseline: What is subtracted from the signal of the sites that go by their score.
     """
 
-    linear_only = False  # whether the estimator holds for the ELBO alone
+    single_sample_only = False  # whether the estimator holds for the ELBO alone
 
     def __init__(self, baseline: Baseline | None = None) -> None:
         super().__init__()
@@ -125,7 +124,7 @@ class ScoreFunction(Gradient):
     def run(
         self, model: Callable, guide: Callable, nesting: Any, args: tuple, kwargs: dict
     ) -> Run:
-        _check_runs_alone(guide, type(self).__name__)
+        check_runs_alone(guide, type(self).__name__)
         drawn = poutine.trace(Detached()(guide)).get_trace(*args, **kwargs)
         for name, value in _draws(drawn):  # the trace saw them before they were detached
             if not is_point(drawn.nodes[name]["fn"]):
@@ -155,12 +154,15 @@ class DoublyReparameterized(Gradient):
     :math:`\log q_\phi` without its score comes from a second run of the guide with its draws held.
     Densities of ``Delta`` sites and of factors keep theirs: they are the Jacobians of transforms.
 
-    Cost: one more run of the guide per particle, when gradients are on.
+    Cost: one more run of the guide per particle, when gradients are on. Running statistics of the
+    guide's modules, as of ``BatchNorm``, see both runs.
 
     Raises:
-        ValueError: If a guide site is not reparameterized, or a module of the guide drops units at
-            random, so that its second run has another density.
-        NotImplementedError: If the guide is a ``Messenger``, which cannot run without its model.
+        ValueError: If a guide site is not reparameterized, or the guide has another density in its
+            second run: a module that drops units at random, or, found while Pyro's validation is
+            on, other noise outside of sites.
+        NotImplementedError: If the guide is a ``Messenger``, which cannot run without its model,
+            or cannot score a draw that it holds.
 
     References:
         Roeder, Wu, Duvenaud. Sticking the Landing: Simple, Lower-Variance Gradient Estimators for
@@ -181,19 +183,19 @@ class DoublyReparameterized(Gradient):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(NoBaseline())  # there are no scores
 
     def run(
         self, model: Callable, guide: Callable, nesting: Any, args: tuple, kwargs: dict
     ) -> Run:
-        _check_runs_alone(guide, type(self).__name__)
+        check_runs_alone(guide, type(self).__name__)
         _check_repeatable(guide)
         if not torch.is_grad_enabled():
             return Run(*get_importance_trace("flat", nesting, model, guide, args, kwargs))
 
         drawn = poutine.trace(guide).get_trace(*args, **kwargs)
         again = {n: v.detach() for n, v in _draws(drawn) if not is_point(drawn.nodes[n]["fn"])}
-        held = poutine.trace(_on(again, drawn, guide)).get_trace(*args, **kwargs)
+        held = poutine.trace(replayed(again, drawn, guide)).get_trace(*args, **kwargs)
         crossing, rest = Crossing(), dict(_draws(held))
         crossed = dict(_draws(drawn))
         for name, value in crossed.items():
@@ -201,7 +203,8 @@ class DoublyReparameterized(Gradient):
                 site: Any = drawn.nodes[name]
                 crossed[name] = crossing(value, rest[name], site["fn"].event_dim)
         p, q = _scored_on(crossed, drawn, model, nesting, args, kwargs)
-        held.compute_log_prob()
+        with _explained():
+            held.compute_log_prob()
         run = Run(p, q, held=held, crossing=crossing)
         for name, site in run.q.items():
             _check_path(name, site)
@@ -218,15 +221,6 @@ def _draws(trace: Any) -> list[tuple[str, Any]]:
     return [(name, trace.nodes[name]["value"]) for name in trace.stochastic_nodes]
 
 
-def _on(draws: Mapping[str, Any], trace: Trace, fn: Callable) -> Callable:
-    """Let ``fn`` run on these values in place of the trace's."""
-    replayed = Trace()
-    for name, value in draws.items():
-        site: Any = trace.nodes[name]
-        replayed.add_node(name, **(site | {"value": value}))
-    return poutine.replay(fn, trace=replayed)
-
-
 def _scored_on(
     draws: Mapping[str, Any],
     guide_trace: Trace,
@@ -236,17 +230,29 @@ def _scored_on(
     kwargs: dict,
 ) -> tuple[Trace, Trace]:
     """Run the model on these values, and score both traces, as ``get_importance_trace`` does."""
-    p = poutine.trace(_on(draws, guide_trace, model)).get_trace(*args, **kwargs)
+    p = poutine.trace(replayed(draws, guide_trace, model)).get_trace(*args, **kwargs)
     if is_validation_enabled():
         check_model_guide_match(p, guide_trace, nesting)
     p, q = prune_subsample_sites(p), prune_subsample_sites(guide_trace)
     p.compute_log_prob()
-    q.compute_score_parts()
+    with _explained():
+        q.compute_score_parts()
     if is_validation_enabled():
         for site in (*p.nodes.values(), *q.nodes.values()):
             if site["type"] == "sample":
                 check_site_shape(site, nesting)
     return p, q
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    try:
+        yield
+    except KeyError as error:  # a transform that inverts only what it has just made
+        raise NotImplementedError(
+            "The guide can score only the very tensors that it drew, as with a transform that has "
+            "no inverse, and this gradient holds the draws. Use gradient=Reparameterized()."
+        ) from error
 
 
 def _check_path(name: str, site: Any) -> None:
@@ -270,22 +276,10 @@ def _check_same(name: str, site: Any, again: Any) -> None:
         )
 
 
-def _check_runs_alone(guide: Callable, owner: str) -> None:
-    guide = poutine.unwrap(guide)
-    if isinstance(guide, GuideMessenger):
-        raise NotImplementedError(
-            f"{type(guide).__name__} runs only inside its model, and {owner} runs the guide "
-            "alone. Use another autoguide, or gradient=Reparameterized()."
-        )
-
-
 def _check_repeatable(guide: Callable) -> None:
-    guide = poutine.unwrap(guide)
-    if isinstance(guide, nn.Module):
-        for name, part in guide.named_modules():
-            if isinstance(part, _DropoutNd) and part.training and part.p > 0:
-                raise ValueError(
-                    f"Guide module {name!r} is {type(part).__name__} in training mode: a second "
-                    "run of the guide has another density. Call guide.eval(), remove it, or use "
-                    "gradient=Reparameterized()."
-                )
+    for name, part in dropouts(guide):
+        raise ValueError(
+            f"Guide module {name!r} is {type(part).__name__} in training mode: a second run of "
+            "the guide has another density. Call guide.eval(), remove it, or use "
+            "gradient=Reparameterized()."
+        )

@@ -11,6 +11,8 @@ from torch import Tensor
 from .gradients import Gradient
 from .multi_sample import MultiSample
 
+NEAR_ELBO = 0.1  # powers below it leave nothing of log K, which would cancel
+
 
 class PowerMean(MultiSample):
     r"""The logarithm of a power mean, :math:`\frac1t \log \frac1K \sum_k w_k^t`."""
@@ -21,8 +23,12 @@ class PowerMean(MultiSample):
         """The exponent :math:`t`."""
 
     def value(self, log_weight: Tensor) -> Tensor:
-        total = (self.power * log_weight).logsumexp(0)
-        return (total - math.log(len(log_weight))) / self.power
+        x = self.power * log_weight
+        if abs(self.power) > NEAR_ELBO:
+            return (x.logsumexp(0) - math.log(len(x))) / self.power
+        top = x.detach().amax(0)
+        top = torch.where(top.isfinite(), top, 0.0)
+        return (top + (x - top).expm1().mean(0).log1p()) / self.power
 
     def path_weight(self, log_weight: Tensor) -> Tensor:
         own = (self.power * log_weight).softmax(0)
@@ -51,12 +57,12 @@ class ImportanceWeighted(PowerMean):
     .. math:: L_K = \sum_i s\, E \log \frac1K \sum_{k=1}^K w_{ik}, \qquad
         w_{ik} = \frac{p(x_i, z_{ik})}{q(z_{ik})}, \qquad L_1 \le L_K \le \log p(x).
 
-    The sum over :math:`i` runs over the cells of the plates that hold *every* site of model and
-    guide: given the parameters they are independent, so each has a bound of its own. With a site
-    outside, the weights are joint and :math:`i` takes one value. The subsampling scale :math:`s`
-    stands outside the logarithm and all particles see one subsample, so that the estimate is a
-    bound in expectation. A ``poutine.scale`` that every site shares stands outside too; one that
-    they do not share tempers densities, inside.
+    The sum over :math:`i` runs over the cells of the vectorized plates that hold *every* site of
+    model and guide: given the parameters they are independent, so each has a bound of its own.
+    With a site outside, the weights are joint and :math:`i` takes one value. The subsampling scale
+    :math:`s` stands outside the logarithm and all particles see one subsample, so that the
+    estimate is a bound in expectation. A ``poutine.scale`` that every site shares stands outside
+    too; one that they do not share tempers densities, inside.
 
     The gradient is unbiased. Draws by ``rsample`` are differentiated along their path; for others
     the score of draw :math:`k` is multiplied by the bound less that of the other draws, which
@@ -95,23 +101,6 @@ class ImportanceWeighted(PowerMean):
         >>> print(f"{loss:.2f} {exact:.2f}")
         1.52 1.52
     """
-
-    def __init__(
-        self,
-        num_particles: int = 2,
-        *,
-        gradient: Gradient | None = None,
-        max_plate_nesting: float = math.inf,
-        vectorize_particles: bool = False,
-        retain_graph: bool | None = None,
-    ) -> None:
-        super().__init__(
-            num_particles,
-            gradient=gradient,
-            max_plate_nesting=max_plate_nesting,
-            vectorize_particles=vectorize_particles,
-            retain_graph=retain_graph,
-        )
 
     @property
     def power(self) -> float:

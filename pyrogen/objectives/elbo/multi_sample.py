@@ -13,8 +13,8 @@ from pyro.poutine.indep_messenger import CondIndepStackFrame
 from torch import Tensor
 
 from .base import Bound
-from .gradients import Gradient, Reparameterized
-from .run import Run, sum_over
+from .gradients import Gradient
+from .run import Run, in_plates
 
 
 class Weighed:
@@ -32,21 +32,20 @@ class Weighed:
             outside, inside = outside * inside[0], [1.0] * len(inside)
         self.scale = outside
 
-        dims = {cell.dim for cell in cells}  # with that of the particles, when vectorized
         powers = dict(zip(map(id, sites), inside, strict=True))
 
         def in_cells(site: Any, log_prob: Tensor) -> Tensor:
             log_prob = scale_and_mask(log_prob, powers[id(site)], site["mask"])
-            return _sum_all_but(dims, torch.as_tensor(log_prob))
+            return in_plates(torch.as_tensor(log_prob), cells)
 
-        zero = sites[0]["log_prob"].new_zeros(()) if sites else torch.zeros(())
+        zero = in_plates(sites[0]["log_prob"].new_zeros(()) if sites else torch.zeros(()), cells)
         jacobians = run.jacobians
         p = (in_cells(site, site["unscaled_log_prob"]) for site in run.p.values())
         q = {name: in_cells(site, run.path_log_prob(name)) for name, site in run.q.items()}
         self.log_p = sum(p, zero) - sum((q.pop(name) for name in jacobians), zero)
         self.log_q = sum(q.values(), zero)
         scores = (site["score_parts"].score_function for site in run.scored.values())
-        self.score = sum((_sum_all_but(dims, score) for score in scores), zero)
+        self.score = sum((in_plates(score, cells) for score in scores), zero)
 
 
 def weigh(runs: Sequence[Run], *, particles: int) -> list[Weighed]:
@@ -67,10 +66,10 @@ class MultiSample(Bound):
 
     .. math:: w_{ik} = \frac{p(x_i, z_{ik})}{q(z_{ik})}
 
-    The sum over :math:`i` runs over the cells of the plates that hold *every* site of model and
-    guide: given the parameters they are independent, so each has a bound of its own. With a site
-    outside, the weights are joint and :math:`i` takes one value. The subsampling scale :math:`s`
-    stands outside of :math:`F`, so that the estimate is a bound in expectation. A
+    The sum over :math:`i` runs over the cells of the vectorized plates that hold *every* site of
+    model and guide: given the parameters they are independent, so each has a bound of its own.
+    With a site outside, the weights are joint and :math:`i` takes one value. The subsampling scale
+    :math:`s` stands outside of :math:`F`, so that the estimate is a bound in expectation. A
     ``poutine.scale`` that every site shares stands outside too; one that they do not share tempers
     densities, inside.
 
@@ -95,7 +94,7 @@ class MultiSample(Bound):
 
     def __init__(
         self,
-        num_particles: int,
+        num_particles: int = 2,
         *,
         gradient: Gradient | None = None,
         max_plate_nesting: float = math.inf,
@@ -104,12 +103,12 @@ class MultiSample(Bound):
     ) -> None:
         super().__init__(
             num_particles,
-            gradient=Reparameterized() if gradient is None else gradient,
+            gradient=gradient,
             max_plate_nesting=max_plate_nesting,
             vectorize_particles=vectorize_particles,
             retain_graph=retain_graph,
         )
-        if self.gradient.linear_only:
+        if self.gradient.single_sample_only:
             raise NotImplementedError(
                 f"{type(self.gradient).__name__} is an estimator for the ELBO, whose particles "
                 f"answer each for its own, and {type(self).__name__} joins them. Use "
@@ -176,11 +175,12 @@ class MultiSample(Bound):
         limits = torch.finfo(own.dtype)
         least = limits.eps * path.abs() + limits.tiny  # so that their ratio is finite
         own = torch.where(own.abs() < least, least, own)
+        parts = (self._unstack(x) for x in (path, own, fixed.isfinite()))
         total = torch.zeros(())
-        for w, c, v in zip(weighed, self._unstack(path), self._unstack(own), strict=True):
+        for w, c, v, possible in zip(weighed, *parts, strict=True):
             if w.run.crossing is not None:
                 w.run.crossing.factor = c / v  # so that what goes through the draws has weight c
-            total = total + v * w.log_p - c * w.log_q
+            total = total + torch.where(possible, v * w.log_p - c * w.log_q, 0.0)
         return total
 
     def _score(
@@ -200,9 +200,8 @@ class MultiSample(Bound):
 
 
 def _equal(a: Any, b: Any) -> bool:
-    if isinstance(a, float) and isinstance(b, float):
-        return a == b
-    return torch.equal(torch.as_tensor(a), torch.as_tensor(b))
+    same = a == b  # numbers or tensors, on whatever device
+    return bool(same.all()) if isinstance(same, Tensor) else same
 
 
 def _scale(plate: CondIndepStackFrame) -> float:
@@ -222,7 +221,3 @@ def _check_subsampling(
                 f"site {outside!r} does not share one cell of it. A scale inside the logarithm "
                 "gives no bound: use the whole plate, one particle, or ELBO."
             )
-
-
-def _sum_all_but(dims: set[int | None], x: Tensor) -> Tensor:
-    return sum_over({dim for dim in range(-x.ndim, 0) if dim not in dims}, x)

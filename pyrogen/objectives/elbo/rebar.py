@@ -14,10 +14,9 @@ from pyro.infer.util import is_validation_enabled
 from pyro.poutine import Trace
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
-from torch.nn.modules.dropout import _DropoutNd
 
 from .baselines import Baseline
-from .gradients import Gradient, _check_runs_alone, _on
+from .gradients import Gradient
 from .relaxed import (
     Continued,
     Draws,
@@ -27,7 +26,7 @@ from .relaxed import (
     continued,
     relaxation_of,
 )
-from .run import Frames, Run
+from .run import Frames, Run, check_runs_alone, dropouts, in_plates, mean_of_others, replayed
 
 MEMORY = 0.95  # of the coefficient, from one step to the next
 
@@ -84,7 +83,7 @@ class Rebar(Gradient):
         >>> ELBO(4, gradient=Rebar()).differentiable_loss(model, guide).backward()
     """
 
-    linear_only = True
+    single_sample_only = True
 
     def __init__(
         self,
@@ -115,7 +114,7 @@ class Rebar(Gradient):
     def run(
         self, model: Callable, guide: Callable, nesting: Any, args: tuple, kwargs: dict
     ) -> Run:
-        _check_runs_alone(guide, type(self).__name__)
+        check_runs_alone(guide, type(self).__name__)
         draws = Draws()
         p, q = get_importance_trace("flat", nesting, model, draws(guide), args, kwargs)
         for name in q.stochastic_nodes:
@@ -147,7 +146,7 @@ class Rebar(Gradient):
         parts = zip(*(run.products(name) for run in controlled), strict=True)
         foretold, score, across, path = (stack(part) for part in parts)
         if len(foretold) > 1:  # as the baseline that the others give does with it
-            foretold = foretold - (foretold.sum(0) - foretold) / (len(foretold) - 1)
+            foretold = foretold - mean_of_others(foretold)
         square = (foretold.square() * score - 2 * foretold * across + path).sum().item()
         now = controlled[0].coefficient
         both = gain * across - gain * foretold * score + now * (path - foretold * across)
@@ -172,14 +171,14 @@ class _Controlled(Run):
         super().__init__(model, guide)
         self.relaxed = relaxed
         self.coefficient = coefficient
-        self.foretold = torch.zeros(())  # of the site whose cost was last asked for
+        self.foretold: dict[Frames, Tensor] = {}  # relaxed costs that were asked for
 
     def path(self, weights: Mapping[str, Any]) -> Tensor:
         return super().path(weights) + self.coefficient * self.relaxed.given_back(weights)
 
     def cost(self, frames: Frames, weights: Mapping[str, Any]) -> Tensor:
-        self.foretold = self.relaxed.cost(frames, weights)
-        return super().cost(frames, weights) - self.coefficient * self.foretold
+        self.foretold[frames] = self.relaxed.cost(frames, weights)
+        return super().cost(frames, weights) - self.coefficient * self.foretold[frames]
 
     def products(self, name: str) -> tuple[Tensor, ...]:
         """The relaxed cost of a site; and of its score and its path, the squares and the product.
@@ -193,7 +192,9 @@ class _Controlled(Run):
         events = list(range(-site["fn"].event_dim, 0))
         pairs = (score * score, score * path, path * path)
         sums = [x.sum(events) if events else x for x in pairs]
-        return self.foretold, *(scale_and_mask(x.detach(), mask=site["mask"]) for x in sums)
+        frames = frozenset(site["cond_indep_stack"])
+        masked = (scale_and_mask(x.detach(), mask=site["mask"]) for x in sums)
+        return self.foretold[frames], *(in_plates(x, frames) for x in masked)
 
 
 class _RelaxedRun(Run):
@@ -309,7 +310,7 @@ def _check_independent(
     q: Trace, noise: Mapping[str, tuple[Relaxation, Tensor]], guide: Callable, *call: Any
 ) -> None:
     """Refuse a guide whose sites change when its discrete draws do."""
-    if len(q.stochastic_nodes) == 1 or _drops(guide):
+    if len(q.stochastic_nodes) == 1 or dropouts(guide):
         return
     args, kwargs = call
     with torch.no_grad():
@@ -349,17 +350,11 @@ def _rerun(
 ) -> Trace:
     """Run on the draws of a trace, held, with other values for some of them."""
     draws = {n: values.get(n, trace.nodes[n]["value"].detach()) for n in trace.stochastic_nodes}
-    return prune_subsample_sites(poutine.trace(_on(draws, trace, fn)).get_trace(*args, **kwargs))
+    return prune_subsample_sites(
+        poutine.trace(replayed(draws, trace, fn)).get_trace(*args, **kwargs)
+    )
 
 
 def _same(x: Any, y: Any) -> bool:
     x, y = torch.as_tensor(x), torch.as_tensor(y)
     return x.shape == y.shape and torch.allclose(x, y, rtol=1e-4, atol=1e-6, equal_nan=True)
-
-
-def _drops(guide: Callable) -> bool:
-    """Whether a module of the guide drops units at random, so that no two of its runs agree."""
-    guide = poutine.unwrap(guide)
-    if not isinstance(guide, torch.nn.Module):
-        return False
-    return any(isinstance(m, _DropoutNd) and m.training and m.p > 0 for m in guide.modules())

@@ -25,8 +25,8 @@ from torch import Tensor
 from torch.distributions import Independent, constraints
 from torch.nn import functional as F
 
-from .gradients import Gradient, _check_runs_alone
-from .run import Run, bare
+from .gradients import Gradient
+from .run import Run, bare, check_runs_alone
 
 
 class Relaxation(ABC):
@@ -322,7 +322,7 @@ class StraightThrough(Gradient):
         self, model: Callable, guide: Callable, nesting: Any, args: tuple, kwargs: dict
     ) -> Run:
         owner = type(self).__name__
-        _check_runs_alone(guide, owner)
+        check_runs_alone(guide, owner)
         draws = Draws(self.temperature)
         model = Continued(draws.noise, owner)(model)
         p, q = get_importance_trace("flat", nesting, model, draws(guide), args, kwargs)

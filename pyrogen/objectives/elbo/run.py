@@ -1,20 +1,35 @@
 """One run of the guide and of the model on its draws, and what the bounds read from it."""
 
-__all__ = ["Crossing", "Detached", "OneSubsample", "Run", "bare", "is_point", "sum_over"]
+__all__ = [
+    "Crossing",
+    "Detached",
+    "OneSubsample",
+    "Run",
+    "bare",
+    "check_runs_alone",
+    "dropouts",
+    "in_plates",
+    "is_point",
+    "mean_of_others",
+    "replayed",
+]
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
+from pyro import poutine
 from pyro.distributions import Delta
 from pyro.distributions.torch_distribution import ExpandedDistribution, MaskedDistribution
 from pyro.distributions.util import is_identically_zero, scale_and_mask
 from pyro.poutine import Trace
+from pyro.poutine.guide import GuideMessenger
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import Distribution, Independent
+from torch.nn.modules.dropout import _DropoutNd
 
 Frames = frozenset[CondIndepStackFrame]
 
@@ -90,9 +105,9 @@ class Run:
             for name, site in sites.items():
                 own = frozenset(site["cond_indep_stack"])
                 if not _elsewhere(own, frames):
-                    dims = {f.dim for f in own - frames if f.vectorized}
-                    term = sum_over(dims, torch.as_tensor(site["log_prob"]).detach())
-                    cost = cost + sign * weights.get(name, 1.0) * term
+                    other = {f.dim for f in own - frames if f.vectorized}
+                    term = _sum_over(other, torch.as_tensor(site["log_prob"]).detach())
+                    cost = cost + sign * weights.get(name, 1.0) * in_plates(term, frames)
         return cost
 
     @property
@@ -183,7 +198,7 @@ class Detached(Messenger):
             msg["value"] = msg["value"].detach()
 
 
-def bare(fn: Distribution) -> Distribution:
+def bare(fn: Any) -> Distribution:
     """The distribution beneath what plates, masks and ``to_event`` wrap around it."""
     while isinstance(fn, (ExpandedDistribution, Independent, MaskedDistribution)):
         fn = fn.base_dist
@@ -195,7 +210,58 @@ def is_point(fn: Any) -> bool:
     return isinstance(bare(fn), Delta)
 
 
-def sum_over(dims: set[int | None], x: Tensor) -> Tensor:
+def in_plates(x: Tensor, plates: Iterable[CondIndepStackFrame]) -> Tensor:
+    """Sum over all but some plates, to as many dimensions as they need, whatever ``x`` has."""
+    dims = {plate.dim for plate in plates if plate.dim is not None}
+    x = _sum_over({dim for dim in range(-x.ndim, 0) if dim not in dims}, x)
+    depth = max((-dim for dim in dims), default=0)
+    return x.reshape((1,) * (depth - x.ndim) + x.shape[max(x.ndim - depth, 0) :])
+
+
+def mean_of_others(x: Tensor) -> Tensor:
+    """The mean of all but one along the first dimension, for each one.
+
+    Sums over the earlier and over the later, so that no rounding lets one into its own mean.
+    """
+    earlier = x.cumsum(0).roll(1, 0)
+    later = x.flip(0).cumsum(0).flip(0).roll(-1, 0)
+    earlier[0], later[-1] = 0.0, 0.0
+    return (earlier + later) / (len(x) - 1)
+
+
+def check_runs_alone(guide: Callable, owner: str) -> None:
+    """Refuse a guide that runs only inside its model.
+
+    Raises:
+        NotImplementedError: If it does.
+    """
+    guide = poutine.unwrap(guide)
+    if isinstance(guide, GuideMessenger):
+        raise NotImplementedError(
+            f"{type(guide).__name__} runs only inside its model, and {owner} runs the guide "
+            "alone. Use another autoguide, or gradient=Reparameterized()."
+        )
+
+
+def dropouts(guide: Callable) -> list[tuple[str, nn.Module]]:
+    """Names and modules of a guide that drop units at random, so that no two runs agree."""
+    guide = poutine.unwrap(guide)
+    if not isinstance(guide, nn.Module):
+        return []
+    parts = guide.named_modules()
+    return [(n, m) for n, m in parts if isinstance(m, _DropoutNd) and m.training and m.p > 0]
+
+
+def replayed(draws: Mapping[str, Any], trace: Trace, fn: Callable) -> Callable:
+    """Let ``fn`` run on these values in place of the trace's."""
+    other = Trace()
+    for name, value in draws.items():
+        site: Any = trace.nodes[name]
+        other.add_node(name, **(site | {"value": value}))
+    return poutine.replay(fn, trace=other)
+
+
+def _sum_over(dims: set[int | None], x: Tensor) -> Tensor:
     """Sum over dimensions, counted from the right; the shape keeps them."""
     present = [dim for dim in range(-x.ndim, 0) if dim in dims]
     return x.sum(present, keepdim=True) if present else x

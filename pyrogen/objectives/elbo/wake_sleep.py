@@ -4,17 +4,18 @@ __all__ = ["ReweightedWakeSleep"]
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from pyro import poutine
+from pyro.distributions import Unit
 from torch import Tensor
 
 from .base import Bound
 from .baselines import NoBaseline
 from .gradients import ScoreFunction
 from .multi_sample import weigh
-from .run import Run
+from .run import Run, bare, is_point
 
 
 class ReweightedWakeSleep(Bound):
@@ -51,7 +52,8 @@ class ReweightedWakeSleep(Bound):
 
     Raises:
         ValueError: If ``insomnia`` is not in [0, 1], or below 1 without ``sleep``.
-        NotImplementedError: If a subsampled plate does not hold every site.
+        NotImplementedError: If a subsampled plate does not hold every site; or, with ``sleep``, if
+            the model has factors, or the guide sites that the model has not, as autoguides do.
 
     References:
         Bornschein, Bengio. Reweighted Wake-Sleep. ICLR 2015. arXiv:1406.2751
@@ -96,13 +98,31 @@ class ReweightedWakeSleep(Bound):
         loss = super().differentiable_loss(model, guide, *args, **kwargs)
         if self.sleep is None or self.insomnia == 1 or not torch.is_grad_enabled():
             return loss
+        log_q = self._asleep(model, guide, args, kwargs)
+        asleep = -(1 - self.insomnia) * log_q
+        return loss + (asleep - asleep.detach())
+
+    def _asleep(self, model: Callable, guide: Callable, args: tuple, kwargs: dict) -> Tensor:
+        """Log q of a dream's latents, as the guide sees the data that came with them."""
         with torch.no_grad(), poutine.block():
             dream = poutine.trace(poutine.uncondition(model)).get_trace(*args, **kwargs)
         draws = {name: dream.nodes[name]["value"] for name in dream.stochastic_nodes}
+        for name in draws:
+            if isinstance(bare(dream.nodes[name]["fn"]), Unit):
+                raise NotImplementedError(
+                    f"Model site {name!r} is a factor, which draws nothing, so the model's dreams "
+                    "are of another law. Make it a distribution, or leave sleep out."
+                )
         recall = poutine.trace(poutine.replay(guide, trace=dream))
-        log_q = recall.get_trace(*self.sleep(draws, *args, **kwargs)).log_prob_sum()
-        asleep = -(1 - self.insomnia) * torch.as_tensor(log_q)
-        return loss + (asleep - asleep.detach())
+        recalled = recall.get_trace(*cast(Callable, self.sleep)(draws, *args, **kwargs))
+        for name in recalled.stochastic_nodes:
+            if name not in dream.nodes or is_point(recalled.nodes[name]["fn"]):
+                raise NotImplementedError(
+                    f"Guide site {name!r} is no draw of the model's, so a dream cannot be scored "
+                    "under this guide. Use a guide whose sites are the model's latents, with laws "
+                    "of their own, or leave sleep out."
+                )
+        return torch.as_tensor(recalled.log_prob_sum())
 
     def _evaluate(self, runs: Sequence[Run], args: tuple, kwargs: dict) -> tuple[Tensor, Tensor]:
         weighed = weigh(runs, particles=self.num_particles)
@@ -111,5 +131,5 @@ class ReweightedWakeSleep(Bound):
         share = log_weight.softmax(0)
         bound = log_weight.logsumexp(0) - math.log(self.num_particles)
         scale = weighed[0].scale
-        awake = (share * (log_p + self.insomnia * log_q)).sum(0)
+        awake = torch.where(share > 0, share * (log_p + self.insomnia * log_q), 0.0).sum(0)
         return -(scale * bound).sum(), -(scale * awake).sum()
