@@ -49,6 +49,12 @@ class Data:
             )
         return replace(self, whole=True)
 
+    def as_bits(self) -> "Data":
+        """Black and white rows: 1 where a grey level lies in the upper half."""
+        data, half = self.as_levels(), (self.levels - 1) / 2
+        parts = {n: (getattr(self, n) > half).float() for n in ("train", "validation", "test")}
+        return replace(data, levels=2, **parts)
+
     @property
     def support(self) -> constraints.Constraint:
         if self.whole:

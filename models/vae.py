@@ -16,6 +16,7 @@ from models import density
 from models.command_line import parse
 from models.data import Data, load
 from pyrogen.distributions import (
+    BernoulliLogits,
     CategoricalLevels,
     CorrelatedGaussian,
     HeteroscedasticGaussian,
@@ -51,6 +52,7 @@ class Decoder:
 
 
 DECODERS = {
+    "bernoulli": Decoder(lambda d: BernoulliLogits((d.features,)), Data.as_bits),
     "gaussian": Decoder(lambda d: HeteroscedasticGaussian((d.features,))),
     "correlated": Decoder(lambda d: CorrelatedGaussian((d.features,))),
     "logistic": Decoder(lambda d: LogisticLevels((d.features,), d.levels), Data.as_levels),

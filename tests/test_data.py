@@ -92,3 +92,10 @@ def test_dequantised_values_stay_off_the_border():
     data = Data("white", white, white, white, shape=(1000,), levels=256)
     assert data.dequantize(white).max() < 1
     assert data.dequantize(torch.zeros_like(white)).min() > 0
+
+
+def test_bits_are_the_upper_half_of_the_levels():
+    data = digits().as_bits()
+    assert data.levels == 2
+    assert torch.equal(data.train, (digits().train > 8).float())  # levels 0 to 16
+    assert torch.equal(data.dequantize(data.test), data.test)

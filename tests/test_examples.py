@@ -44,8 +44,8 @@ def test_every_decoder_runs(decoder, capsys):
 
 
 def test_unknown_decoder_is_refused():
-    with pytest.raises(ValueError, match=r"no decoder 'bernoulli'. Choose one of \['gaussian'"):
-        vae.main(vae.Config(decoder="bernoulli"))
+    with pytest.raises(ValueError, match=r"no decoder 'poisson'. Choose one of \['bernoulli'"):
+        vae.main(vae.Config(decoder="poisson"))
 
 
 def test_real_numbers_go_to_a_gaussian_decoder_only(tmp_path, capsys):

@@ -112,8 +112,8 @@ with torch.no_grad(), pyro.plate("draws", 1000, dim=-2):
 # %% [markdown]
 # ## 2. One bound, many gradients
 #
-# The ELBO, with four particles each. `b` has no path, `z` has one. Same model, same guide, same
-# mean; only the word after `gradient=` changes.
+# The ELBO, with four particles each. `b` has no path, `z` has one. Same model, same guide, and the
+# same mean but for straight-through, which is biased; only the word after `gradient=` changes.
 
 # %%
 K = 4
