@@ -120,15 +120,9 @@ class Bound(PyroELBO):
 class _Valued(torch.autograd.Function):
     """The value of one tensor with the gradient of another, which may itself be infinite."""
 
-    generate_vmap_rule = True
-
     @staticmethod
-    def forward(value: Tensor, surrogate: Tensor) -> Tensor:
-        return value.to(surrogate).clone()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        pass
+    def forward(ctx: Any, value: Tensor, surrogate: Tensor) -> Tensor:
+        return value.to(surrogate, copy=True)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor]:
