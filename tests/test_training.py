@@ -558,6 +558,15 @@ def test_plain_modules_registered_by_pyro_module_train():
 # Interruptions
 
 
+@pytest.fixture
+def interruptible():
+    """Python's own handler: a shell that starts jobs in the background hands down none."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_interrupt_waits_for_the_end_of_the_step(tmp_path):
     class Interrupted(Distance):
         calls = 0
@@ -589,6 +598,7 @@ def test_interrupt_waits_for_the_end_of_the_step(tmp_path):
     assert resumed.theta.item() == whole.theta.item()
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_second_interrupt_stops_at_once(tmp_path):
     class Stuck(Distance):
         def forward(self, x):
