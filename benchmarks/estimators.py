@@ -62,7 +62,7 @@ def exact_continuous() -> np.ndarray:
 @dataclass
 class Estimator:
     name: str
-    library: str
+    package: str
     gradient: Callable[[], np.ndarray]
     warm_up: int = 5  # gradients before the first that counts: compilation, moving averages
     draws: list[np.ndarray] = field(default_factory=list)
@@ -80,7 +80,7 @@ class Estimator:
 class Row:
     problem: str
     name: str
-    library: str
+    package: str
     variance: float
     bias: float  # of the mean, in standard errors, the largest coordinate
     milliseconds: float
@@ -100,7 +100,7 @@ def measure(problem: str, estimators: list[Estimator], exact: np.ndarray, n: int
         bias = np.abs((draws.mean(0) - exact) / spread).max()
         variance = draws.var(0, ddof=1).sum()
         rows.append(
-            Row(problem, e.name, e.library, variance, bias, 1e3 * statistics.median(e.seconds))
+            Row(problem, e.name, e.package, variance, bias, 1e3 * statistics.median(e.seconds))
         )
     return rows
 
@@ -138,7 +138,7 @@ def in_torch() -> dict[str, tuple[list[Estimator], np.ndarray]]:
         loc, log_scale = (pyro.param(n, lambda: torch.zeros(20)) for n in ("loc", "log_scale"))
         pyro.sample("z", dist.Normal(loc, log_scale.exp()).to_event(1))
 
-    def one(name, elbo, model, guide, names, library="pyrogen", warm_up=5):  # noqa: ANN001, ANN202
+    def one(name, elbo, model, guide, names, package="pyrogen", warm_up=5):  # noqa: ANN001, ANN202
         def gradient() -> np.ndarray:
             store = dict(pyro.get_param_store().named_parameters())
             for p in store.values():
@@ -148,7 +148,7 @@ def in_torch() -> dict[str, tuple[list[Estimator], np.ndarray]]:
             store = dict(pyro.get_param_store().named_parameters())
             return torch.cat([store[n].grad.flatten() for n in names]).numpy().copy()
 
-        return Estimator(name, library, gradient, warm_up)
+        return Estimator(name, package, gradient, warm_up)
 
     def options(nesting: int, k: int = PARTICLES) -> dict:
         return {"num_particles": k, "vectorize_particles": True, "max_plate_nesting": nesting}
@@ -164,12 +164,12 @@ def in_torch() -> dict[str, tuple[list[Estimator], np.ndarray]]:
     return {
         "discrete": (
             [
-                discrete("Trace_ELBO", Trace_ELBO(**a), library="Pyro"),
-                discrete("TraceGraph_ELBO", TraceGraph_ELBO(**a), library="Pyro"),
+                discrete("Trace_ELBO", Trace_ELBO(**a), package="Pyro"),
+                discrete("TraceGraph_ELBO", TraceGraph_ELBO(**a), package="Pyro"),
                 discrete(
                     "TraceGraph_ELBO, decaying average",
                     TraceGraph_ELBO(**a),
-                    library="Pyro",
+                    package="Pyro",
                     guide=decaying,
                     warm_up=100,
                 ),
@@ -188,8 +188,8 @@ def in_torch() -> dict[str, tuple[list[Estimator], np.ndarray]]:
         ),
         "continuous": (
             [
-                continuous("Trace_ELBO", Trace_ELBO(**b), library="Pyro"),
-                continuous("TraceMeanField_ELBO", TraceMeanField_ELBO(**b), library="Pyro"),
+                continuous("Trace_ELBO", Trace_ELBO(**b), package="Pyro"),
+                continuous("TraceMeanField_ELBO", TraceMeanField_ELBO(**b), package="Pyro"),
                 continuous("no baseline", po.ELBO(gradient=score(po.NoBaseline()), **b)),
                 continuous("leave-one-out score", po.ELBO(gradient=score(), **b)),
                 continuous("path", po.ELBO(**b)),
@@ -269,9 +269,9 @@ def plot(rows: list[Row], path: str) -> None:
     figure, axes = plt.subplots(1, len(problems), figsize=(6 * len(problems), 5))
     for ax, problem in zip(axes, problems, strict=True):
         mine = [row for row in rows if row.problem == problem]
-        for library in dict.fromkeys(row.library for row in mine):
-            part = [row for row in mine if row.library == library]
-            ax.scatter([r.milliseconds for r in part], [r.variance for r in part], label=library)
+        for package in dict.fromkeys(row.package for row in mine):
+            part = [row for row in mine if row.package == package]
+            ax.scatter([r.milliseconds for r in part], [r.variance for r in part], label=package)
         for i, row in enumerate(sorted(mine, key=lambda row: row.variance)):
             ax.annotate(
                 row.name,
@@ -298,13 +298,13 @@ def main() -> None:
     c = parser.parse_args()
     problems = in_numpyro() if c.peer == "numpyro" else in_torch()
     rows = []
-    print("| latents | estimator | library | variance | bias, standard errors | ms |")
+    print("| latents | estimator | package | variance | bias, standard errors | ms |")
     print("|---|---|---|---|---|---|")
     for problem, (estimators, exact) in problems.items():
         for row in measure(problem, estimators, exact, c.gradients):
             rows.append(row)
             print(
-                f"| {row.problem} | {row.name} | {row.library} | {row.variance:.3g} | "
+                f"| {row.problem} | {row.name} | {row.package} | {row.variance:.3g} | "
                 f"{row.bias:.1f} | {row.milliseconds:.2f} |",
                 flush=True,
             )
