@@ -71,9 +71,12 @@ def fit(c: Config, data: Data) -> LatentVariable:
     trainer = Trainer(objective, optimizer, clip=1e6, schedule=schedule, average=0.99)
 
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        size = min(c.batch, len(data.train))
         while True:
-            for rows in torch.randperm(len(data.train)).split(c.batch)[:-1]:
-                yield rows, data.dequantize(data.train[rows])
+            for rows in torch.randperm(len(data.train)).split(size):
+                if len(rows) == size:
+                    rows = rows.sort().values  # so that all rows stand as the plate has them
+                    yield rows, data.dequantize(data.train[rows])
 
     trainer.fit(batches(), steps=c.steps)
     return decoder

@@ -63,14 +63,20 @@ def traversals(model: LatentVariable, guide: Amortized, data: Data, units: int =
 def main(c: Config) -> float:
     pyro.set_rng_seed(c.seed)
     data = vae.view(c, load(c.data))
+    if c.picture and len(data.shape) != 2:
+        raise ValueError(
+            f"--picture draws grey pictures of shape (height, width), and {data.name} has rows of "
+            f"shape {data.shape}. Leave it out."
+        )
     price = Annealing(c.warmup, stop=c.beta)
     bound = Tempered(beta=price, free_nats=c.free_nats)
     model, guide, _ = vae.fit(c, data, bound)
     describe(guide, data)
+    evidence = vae.held_out(model, guide, data, c.particles)
+    cost = density.report(f"beta vae, {c.decoder}", evidence, data)
     if c.picture:
         traversals(model, guide, data).savefig(c.picture)
-    evidence = vae.held_out(model, guide, data, c.particles)
-    return density.report(f"beta vae, {c.decoder}", evidence, data)
+    return cost
 
 
 if __name__ == "__main__":

@@ -116,6 +116,8 @@ def load(path: str) -> Data:
             f"{path} holds an array of shape {array.shape}. Expected at least 25 rows: "
             "(n, features), or (n, height, width) for pictures."
         )
+    if array.dtype == bool:
+        array = array.astype(np.uint8)
     whole = np.issubdtype(array.dtype, np.integer) and array.min() >= 0
     return _split(
         file.stem,
@@ -142,6 +144,8 @@ def _read(file: Path) -> np.ndarray:
     zero, kind, ndim = struct.unpack_from(">HBB", raw.ljust(4))
     if zero != 0 or kind not in IDX_TYPES:
         raise ValueError(f"{file} is not an IDX file. Expected .npy, .npz, .csv or IDX.")
+    if len(raw) < 4 + 4 * ndim:
+        raise ValueError(f"{file} ends within its header. Copy it again.")
     shape = struct.unpack_from(f">{ndim}I", raw, 4)
     return np.frombuffer(raw, IDX_TYPES[kind], offset=4 + 4 * ndim).reshape(shape)
 

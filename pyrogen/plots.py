@@ -105,11 +105,11 @@ def traversals(
         raise ValueError(
             f"traversals expected one code of shape (latents,), got {tuple(z.shape)}. Pass z[i]."
         )
-    units = units or range(len(z))
-    if not all(0 <= unit < len(z) for unit in units):
+    units = [int(unit) for unit in units] or list(range(len(z)))
+    if not all(0 <= unit < len(z) for unit in units) or len(set(units)) < len(units):
         raise ValueError(
-            f"traversals expected units from 0 to {len(z) - 1}, got {list(units)}. Pass indices "
-            "of z."
+            f"traversals expected different units from 0 to {len(z) - 1}, got {units}. Pass "
+            "indices of z."
         )
     if steps < 2:
         raise ValueError(f"traversals expected steps >= 2, got {steps}.")

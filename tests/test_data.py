@@ -99,3 +99,14 @@ def test_bits_are_the_upper_half_of_the_levels():
     assert data.levels == 2
     assert torch.equal(data.train, (digits().train > 8).float())  # levels 0 to 16
     assert torch.equal(data.dequantize(data.test), data.test)
+
+
+def test_truth_values_are_bits(tmp_path):
+    np.save(tmp_path / "bits.npy", np.random.default_rng(0).random((40, 6)) > 0.5)
+    assert load(str(tmp_path / "bits.npy")).levels == 2
+
+
+def test_a_file_cut_short_is_refused(tmp_path):
+    (tmp_path / "cut").write_bytes(struct.pack(">HBB", 0, 8, 3))
+    with pytest.raises(ValueError, match="ends within its header"):
+        load(str(tmp_path / "cut"))

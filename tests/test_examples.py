@@ -109,6 +109,16 @@ def test_mnist_benchmark_asks_for_its_data(tmp_path, monkeypatch):
         mnist.mnist("train")
 
 
+def test_few_rows_make_one_batch(tmp_path, capsys):
+    np.save(tmp_path / "few.npy", np.random.default_rng(0).integers(0, 9, (40, 12)).astype("u1"))
+    bbvi = importlib.import_module("models.bbvi")
+    assert math.isfinite(bbvi.main(bbvi.Config(steps=2, data=str(tmp_path / "few.npy"))))
+    beta_vae = importlib.import_module("models.beta_vae")
+    c = beta_vae.Config(steps=2, data=str(tmp_path / "few.npy"), picture="none.png")
+    with pytest.raises(ValueError, match="draws grey pictures"):
+        beta_vae.main(c)
+
+
 @pytest.mark.slow
 def test_model_reaches_its_target(model):
     assert model.main(model.Config()) <= model.TARGET

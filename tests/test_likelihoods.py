@@ -377,3 +377,21 @@ def test_a_model_with_it_learns(name):
         optimizer.step()
     assert loss.item() < before - 5
     assert isinstance(likelihood, Likelihood)
+
+
+@pytest.mark.parametrize(("loc", "scale"), [(254.0, 0.05), (200.6, 0.05), (128.0, 3.0)])
+def test_variance_does_not_cancel(loc, scale):
+    single, double = (
+        DiscretizedLogistic(torch.tensor(loc, dtype=t), torch.tensor(scale, dtype=t), 256)
+        for t in (torch.float32, torch.float64)
+    )
+    assert single.variance.item() == pytest.approx(double.variance.item(), rel=1e-3)
+    x = torch.arange(256).double()
+    p = double.log_prob(x).exp()
+    second = (p * (x - (p * x).sum()).square()).sum()
+    assert double.variance.item() == pytest.approx(second.item(), rel=1e-6)
+
+
+def test_supports_are_enumerated_in_the_precision_of_draws():
+    law = CategoricalLevels((2,), levels=4)(torch.zeros(8))
+    assert law.base_dist.enumerate_support().dtype == law.sample().dtype

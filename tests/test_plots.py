@@ -88,3 +88,14 @@ def test_without_matplotlib_the_extra_is_named():
         "else: raise SystemExit('no error')"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_traversals_take_the_units_that_argsort_gives():
+    def decode(z):
+        return z[:, :1, None].expand(-1, 2, 2)
+
+    units = torch.tensor([0.1, 3.0, 2.0]).argsort(descending=True)[:2]
+    figure = plots.traversals(decode, torch.zeros(3), units=units, steps=3)
+    assert len(figure.axes) == 6
+    with pytest.raises(ValueError, match="different units from 0 to 2"):
+        plots.traversals(decode, torch.zeros(3), units=[1, 1])

@@ -198,3 +198,16 @@ def test_guide_that_cannot_run_many_draws_at_once_has_a_way():
     assert "pass chunk=1" in caught.value.__notes__[0]
     draws = posterior_draws(guide, X.split(4), draws=3, chunk=1)
     assert draws["z"].shape == (3, N)
+
+
+def test_batches_of_other_sites_are_refused():
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x, 1.0))
+            if x[0] > 0:
+                pyro.sample("more", dist.Normal(x, 1.0))
+
+    for signs in ((-1.0, 1.0), (1.0, -1.0)):
+        loader = [(sign * torch.ones(3),) for sign in signs]
+        with pytest.raises(ValueError, match="expected the same sites in every batch"):
+            posterior_draws(guide, loader, draws=4)

@@ -109,10 +109,8 @@ class DiscretizedLogistic(TorchDistribution):
 
     @property
     def variance(self) -> Tensor:
-        exceeds = self._exceeds()
-        odd = 2 * torch.arange(len(exceeds)).to(exceeds) + 1
-        second = (odd.reshape(-1, *[1] * len(self.batch_shape)) * exceeds).sum(0)
-        return (second - exceeds.sum(0).square()).clamp(min=0)
+        x = self.enumerate_support()
+        return (self.log_prob(x).exp() * (x - self.mean).square()).sum(0)
 
     def enumerate_support(self, expand: bool = True) -> Tensor:  # noqa: FBT001, FBT002
         x = torch.arange(self.levels).to(self.loc)

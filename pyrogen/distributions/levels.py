@@ -193,3 +193,6 @@ class _Categorical(dist.Categorical):
 
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         return super().sample(Size(sample_shape)).to(self.logits.dtype)
+
+    def enumerate_support(self, expand: bool = True) -> Tensor:  # noqa: FBT001, FBT002
+        return super().enumerate_support(expand=expand).to(self.logits.dtype)

@@ -30,7 +30,8 @@ class Marginal(LikelihoodFree):
         prior: Distribution :math:`p(z)`.
         likelihood: Map from ``z`` to the Pyro distribution :math:`p(x \mid z)`; it must accept
             ``z`` with more batch dimensions than ``prior`` has.
-        event_shape: Shape of one draw of ``x``; found by one call of ``likelihood`` if not given.
+        event_shape: Shape of one draw of ``x``; found by one call of ``likelihood`` if not given,
+            and taken on trust if given.
 
     Shape:
         ``z``: ``(*sample, *batch, *latent_event)``; ``x``: ``(*sample, *batch, *event)``.

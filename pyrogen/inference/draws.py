@@ -88,6 +88,7 @@ def posterior_draws(
             for site in latent_sites(run).values():
                 if not _holding(name, site) and site["name"] not in outside:
                     outside.add_node(site["name"], **site)
+            _refuse_other_sites(run, plain)
             parts.append(_values(run, plain, size))
         for site_name in parts[0]:
             found.setdefault(site_name, []).append(torch.cat([p[site_name] for p in parts]))
@@ -104,6 +105,15 @@ def _run(guide: Program, batch: tuple, size: int, depth: int) -> Trace:
     except (RuntimeError, ValueError, IndexError) as error:
         error.add_note("If the guide cannot run many draws at once, pass chunk=1.")
         raise
+
+
+def _refuse_other_sites(run: Trace, plain: Trace) -> None:
+    here, first = set(latent_sites(run)), set(latent_sites(plain))
+    if here != first:
+        raise ValueError(
+            f"posterior_draws expected the same sites in every batch, got {sorted(here)} after "
+            f"{sorted(first)}. Draw batches of one kind at a time."
+        )
 
 
 def _values(run: Trace, plain: Trace, size: int) -> dict[str, Tensor]:
