@@ -169,21 +169,13 @@ for name, (variance, cost) in results.items():
     print(f"{name:26}{variance:12.1f}{cost:8.2f}")
 
 # %%
-figure, ax = plt.subplots(figsize=(7, 4.5))
-for i, (name, (variance, cost)) in enumerate(sorted(results.items(), key=lambda pair: pair[1][0])):
-    ax.scatter(cost, variance, color=f"C{i}")
-    right, up = i % 2 == 0, i % 4 < 2
-    ax.annotate(
-        name,
-        (cost, variance),
-        textcoords="offset points",
-        xytext=(7 if right else -7, 5 if up else -10),
-        ha="left" if right else "right",
-        fontsize=8,
-    )
+figure, ax = plt.subplots(figsize=(7.5, 4))
+for name, (variance, cost) in sorted(results.items(), key=lambda pair: -pair[1][0]):
+    ax.scatter(cost, variance, s=60, label=name)
 ax.set(yscale="log", xlabel="ms a gradient", ylabel="total variance of the gradient")
-ax.margins(x=0.5, y=0.1)
+ax.set_xlim(left=0)
 ax.set_title("Lower and further left is better")
+ax.legend(bbox_to_anchor=(1.02, 1), loc="upper left", frameon=False)
 figure.tight_layout()
 if not smoke:
     os.makedirs("out", exist_ok=True)
