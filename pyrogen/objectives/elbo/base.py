@@ -35,7 +35,7 @@ class Bound(PyroELBO):
 
     def __init__(
         self,
-        num_particles: int,
+        num_particles: int = 1,
         *,
         gradient: Gradient | None = None,
         max_plate_nesting: float = math.inf,

@@ -72,12 +72,9 @@ class ELBO(SingleSample):
     default, draws are differentiated along their path where they have one, and by their score,
     with a leave-one-out baseline, where not.
 
-    ============================================  =============================================
-    ``ELBO(8)``                                   path where there is one; RLOO, VarGrad elsewhere
-    ``ELBO(8, gradient=DoublyReparameterized())``  sticking the landing
-    ``ELBO(8, gradient=ScoreFunction())``         black-box VI: every site by its score
-    ``ELBO(gradient=Reparameterized(Learned(net)))``  neural variational inference, NVIL
-    ============================================  =============================================
+    * ``ELBO(8, gradient=DoublyReparameterized())``: sticking the landing.
+    * ``ELBO(8, gradient=ScoreFunction())``: black-box VI, every site by its score.
+    * ``ELBO(gradient=Reparameterized(Learned(net)))``: neural variational inference, NVIL.
 
     Cost: ``num_particles`` runs of guide and model, or one vectorized run.
 
@@ -106,23 +103,6 @@ class ELBO(SingleSample):
         >>> print(f"{loss:.1f}")  # the divergence between the two
         0.5
     """
-
-    def __init__(
-        self,
-        num_particles: int = 1,
-        *,
-        gradient: Gradient | None = None,
-        max_plate_nesting: float = math.inf,
-        vectorize_particles: bool = False,
-        retain_graph: bool | None = None,
-    ) -> None:
-        super().__init__(
-            num_particles,
-            gradient=gradient,
-            max_plate_nesting=max_plate_nesting,
-            vectorize_particles=vectorize_particles,
-            retain_graph=retain_graph,
-        )
 
     def _weights(self, runs: Sequence[Run]) -> tuple[dict[str, Any], Any]:
         return {}, 0.0
