@@ -22,6 +22,7 @@ from itertools import product
 import numpy as np
 
 PARTICLES = 4
+LOGIT = 1e-4  # not zero, where NumPyro's Bernoulli has another slope on either side
 
 
 def six_bernoullis() -> tuple[np.ndarray, np.ndarray]:
@@ -43,7 +44,7 @@ def linear_gaussian() -> tuple[np.ndarray, np.ndarray]:
 
 
 def exact_discrete() -> np.ndarray:
-    """Gradient of the negative ELBO in the six logits, at zero, by enumeration."""
+    """Gradient of the negative ELBO in the six logits, near zero, by enumeration."""
     w, x = six_bernoullis()
     states = np.array(list(product([0.0, 1.0], repeat=6)))
     log_p = (states * np.log(0.3) + (1 - states) * np.log(0.7)).sum(1)
@@ -123,7 +124,8 @@ def in_torch() -> dict[str, tuple[list[Estimator], np.ndarray]]:
         pyro.sample("x", dist.Normal(z.unsqueeze(-2) @ w6, 1.0).to_event(1), obs=x6)
 
     def spikes_guide(**infer: object) -> None:
-        logits = pyro.param("logits", lambda: torch.zeros(6))  # Pyro's losses look for params
+        # Pyro's losses look for params
+        logits = pyro.param("logits", lambda: torch.full((6,), LOGIT))
         with pyro.plate("sites", 6):
             pyro.sample("z", dist.Bernoulli(logits=logits), infer=infer)
 
@@ -218,7 +220,7 @@ def in_numpyro() -> dict[str, tuple[list[Estimator], np.ndarray]]:
         numpyro.sample("x", dist.Normal(z @ w6, 1.0).to_event(1), obs=x6)
 
     def spikes_guide() -> None:
-        logits = numpyro.param("logits", jnp.zeros(6))
+        logits = numpyro.param("logits", jnp.full(6, LOGIT))
         with numpyro.plate("sites", 6):
             numpyro.sample("z", dist.Bernoulli(logits=logits))
 
@@ -241,7 +243,7 @@ def in_numpyro() -> dict[str, tuple[list[Estimator], np.ndarray]]:
 
         return Estimator(type(elbo).__name__, "NumPyro, compiled", gradient)
 
-    six = {"logits": jnp.zeros(6)}
+    six = {"logits": jnp.full(6, LOGIT)}
     twenty = {"loc": jnp.zeros(20), "log_scale": jnp.zeros(20)}
     return {
         "discrete": (
