@@ -16,11 +16,12 @@ from torch.optim.lr_scheduler import OneCycleLR
 from models import density
 from models.command_line import parse
 from models.data import Data, load
-from pyrogen.distributions import Diffusion, Hutchinson
+from pyrogen.distributions import Diffusion
 from pyrogen.evaluation import Evidence, Kind
 from pyrogen.nets import ResidualMLP
 from pyrogen.objectives import DenoisingScore
 from pyrogen.training import History, Trainer
+from pyrogen.transforms import Hutchinson
 
 TARGET = 2.4  # bits per pixel of held-out digits, by the probability-flow ODE
 

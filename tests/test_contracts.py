@@ -109,7 +109,6 @@ VALUES = {  # made without a module
 COVERED = {  # made or used by the entries above
     "Diffused": "Diffusion",
     "Preconditioned": "Diffusion",
-    "ExactTrace": "Diffusion",
     "HomoscedasticGaussian": "LatentVariable",
 }
 ABSTRACT_OR_TESTED_ELSEWHERE = {
@@ -118,7 +117,6 @@ ABSTRACT_OR_TESTED_ELSEWHERE = {
     "LikelihoodFree": "abstract",
     "ExactDenoiser": "tests/test_samplers.py, by exact scores",
     "FrozenScore": "tests/test_samplers.py: it needs an Ornstein-Uhlenbeck path",
-    "Hutchinson": "tests/test_diffusion.py: its density is random",
 }
 
 
@@ -166,7 +164,10 @@ LAYERS = {
         context(),
     ),
 }
-NOT_LAYERS = {"Bijection", "Composed", "ShiftScale", "Univariate", "Wrapped"}  # test_transforms.py
+NOT_LAYERS = {  # test_transforms.py, test_univariate.py; traces: test_diffusion.py
+    *("Bijection", "Composed", "ExactTrace", "Hutchinson", "ShiftScale", "Trace"),
+    *("Univariate", "Wrapped"),
+}
 
 
 @pytest.mark.parametrize("check", TRANSFORM_CHECKS, ids=lambda f: f.__name__)

@@ -11,15 +11,14 @@ from pyrogen.distributions import (
     Ancestral,
     Diffusion,
     ExactDenoiser,
-    ExactTrace,
     FrozenScore,
     Heun,
-    Hutchinson,
     Multistep,
 )
 from pyrogen.nets import ResidualMLP
 from pyrogen.paths import EDM, OU, VP, Cosine, Linear
 from pyrogen.targets import GaussianMixture
+from pyrogen.transforms import ExactTrace, Hutchinson
 
 LOW = 2e-3
 RING = GaussianMixture.ring().to(torch.float64)

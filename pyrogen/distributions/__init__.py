@@ -3,7 +3,7 @@
 from .base import LikelihoodFree
 from .diffusion import Denoiser, Diffused, Diffusion, ExactDenoiser, Preconditioned
 from .discretized import DiscretizedLogistic
-from .flow import Flow, Transformed, maf, nsf, realnvp
+from .flow import Flow, Transformed
 from .generator import Generator, Pushforward
 from .levels import CategoricalLevels, LogisticLevels
 from .likelihoods import (
@@ -14,8 +14,8 @@ from .likelihoods import (
     Likelihood,
 )
 from .marginal import LatentVariable, Marginal
+from .recipes import maf, nsf, realnvp
 from .samplers import Ancestral, FrozenScore, Heun, Multistep
-from .trace import ExactTrace, Hutchinson
 
 __all__ = [
     "Ancestral",
@@ -27,14 +27,12 @@ __all__ = [
     "Diffusion",
     "DiscretizedLogistic",
     "ExactDenoiser",
-    "ExactTrace",
     "Flow",
     "FrozenScore",
     "Generator",
     "HeteroscedasticGaussian",
     "Heun",
     "HomoscedasticGaussian",
-    "Hutchinson",
     "LatentVariable",
     "Likelihood",
     "LikelihoodFree",

@@ -16,9 +16,9 @@ from torch.utils.checkpoint import checkpoint
 
 from ..inputs import check_batch, check_context
 from ..paths import EDM, GaussianPath
+from ..transforms.trace import ExactTrace, Hutchinson, Trace, quadratic_forms
 from .samplers import Multistep, Sampler
 from .standard import standard_units
-from .trace import ExactTrace, Hutchinson, Trace, quadratic_forms
 
 EXACT_UP_TO = 64  # dimensions; beyond, an exact trace costs more than its error is worth
 COTANGENTS_AT_ONCE = 4096  # rows of one batch of derivatives: bounds the memory of a density

@@ -1,6 +1,6 @@
 """Normalizing flows: exact densities by change of variables."""
 
-__all__ = ["Flow", "Transformed", "maf", "nsf", "realnvp"]
+__all__ = ["Flow", "Transformed"]
 
 from collections.abc import Iterable, Sequence
 from typing import Self
@@ -11,17 +11,7 @@ from torch import Size, Tensor, nn
 from torch.distributions import Transform, biject_to, constraints
 
 from ..inputs import check_context
-from ..transforms import (
-    Autoregressive,
-    Composed,
-    Coupling,
-    LULinear,
-    Permutation,
-    ShiftScale,
-    Univariate,
-    Wrapped,
-)
-from ..transforms.elementwise import AFFINE, SPLINE
+from ..transforms import Composed, ShiftScale, Wrapped
 from .standard import standard_units
 
 
@@ -108,8 +98,8 @@ class Transformed(dist.TransformedDistribution):
 class Flow(nn.Module):
     """A stack of trainable transforms; call it to get the distribution.
 
-    The noise is standard normal. After the layers come a fixed shift and scale
-    (:meth:`standardize`) and the bijection from the reals to the support.
+    After the layers come a fixed shift and scale (:meth:`standardize`) and the bijection from
+    the reals to the support.
 
     Args:
         features: Number of features of the noise, and of a draw. On a simplex a draw has one
@@ -118,6 +108,9 @@ class Flow(nn.Module):
         context: Number of features to condition on; 0 for none.
         support: Where draws lie: a constraint for each feature, such as ``positive``,
             ``unit_interval`` or ``interval(a, b)``, or for all, such as ``simplex``.
+        noise: Module whose call gives the law of the noise, of event shape ``(features,)``;
+            standard normal if None.
+        event_shape: Shape of what the layers give, if they do not keep ``(features,)``.
 
     Shape:
         Context ``(*batch, context)`` gives a distribution of batch shape ``batch``.
@@ -130,6 +123,7 @@ class Flow(nn.Module):
         Probabilistic Modeling and Inference. JMLR 22(57), 2021. arXiv:1912.02762
 
     Example:
+        >>> from pyrogen.distributions import nsf
         >>> flow = nsf(features=2, context=3)
         >>> p = flow(torch.zeros(5, 3))
         >>> p.batch_shape, p.event_shape
@@ -149,6 +143,8 @@ class Flow(nn.Module):
         context: int = 0,
         *,
         support: constraints.Constraint = constraints.real,
+        noise: nn.Module | None = None,
+        event_shape: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         if features < 1:
@@ -157,19 +153,25 @@ class Flow(nn.Module):
         self.layers = nn.ModuleList(layers)
         self.context = context
         self.support = support
+        self.noise = noise
+        shape = (features,) if event_shape is None else tuple(event_shape)
         self.register_buffer("zero", torch.zeros(features))  # follows .to(device, dtype)
-        self.register_buffer("shift", torch.zeros(features))
-        self.register_buffer("scale", torch.ones(features))
+        self.register_buffer("shift", torch.zeros(shape))
+        self.register_buffer("scale", torch.ones(shape))
 
     def forward(self, context: Tensor | None = None) -> Transformed:
         check_context(context, self.context, owner="Flow", like=self.zero)
         batch_shape = () if context is None else context.shape[:-1]
-        zero = self.zero.expand(*batch_shape, -1)
-        one = torch.ones_like(zero)
-        noise = dist.Normal(zero, one, validate_args=False).to_event(1)  # known to be valid
         layers = [layer(context) for layer in self.layers]
         standard = ShiftScale(self.scale.log(), self.shift)
-        return Transformed(noise, [*layers, standard, self.constrain])
+        return Transformed(self._noise(batch_shape), [*layers, standard, self.constrain])
+
+    def _noise(self, batch_shape: Sequence[int]) -> dist.TorchDistribution:
+        if self.noise is not None:
+            return self.noise().expand(batch_shape)
+        zero = self.zero.expand(*batch_shape, -1)
+        one = torch.ones_like(zero)
+        return dist.Normal(zero, one, validate_args=False).to_event(1)  # known to be valid
 
     def standardize(self, x: Tensor) -> Self:
         """Set shift and scale so that the layers see mean 0 and standard deviation 1.
@@ -188,13 +190,14 @@ class Flow(nn.Module):
                 fewer than two, or have a constant feature.
 
         Example:
+            >>> from pyrogen.distributions import nsf
             >>> flow = nsf(features=2).standardize(torch.tensor([[0.0, 1.0], [2.0, 5.0]]))
             >>> flow.shift
             tensor([1., 3.])
         """
         shift, scale = standard_units(
             x,
-            self.constrain.forward_shape(self.zero.shape),
+            self.constrain.forward_shape(self.shift.shape),
             owner="Flow",
             like=self.zero,
             support=self.support,
@@ -219,117 +222,3 @@ def _from_reals(support: constraints.Constraint) -> Wrapped:
             f"transform has, got {support} with {support.event_dim}. Choose another support."
         )
     return Wrapped(transform, codomain=support)
-
-
-def realnvp(
-    features: int,
-    context: int = 0,
-    *,
-    layers: int = 8,
-    hidden: Sequence[int] = (64, 64),
-    support: constraints.Constraint = constraints.real,
-) -> Flow:
-    """Build a flow of affine couplings: fast both ways, smooth, and the plainest.
-
-    Args:
-        features: Number of features, at least 2.
-        context: Number of features to condition on; 0 for none.
-        layers: Number of couplings; each moves half of the features.
-        hidden: Widths of the hidden layers of each network.
-        support: Where draws lie.
-
-    References:
-        Dinh, Sohl-Dickstein, Bengio. Density estimation using Real NVP. ICLR 2017.
-        arXiv:1605.08803
-
-    Example:
-        >>> realnvp(features=3)().sample((5,)).shape
-        torch.Size([5, 3])
-    """
-    stack: list[nn.Module] = []
-    for i in range(layers):
-        if i and i % 2 == 0:
-            stack.append(Permutation.random(features))
-        stack.append(Coupling(features, context, flip=bool(i % 2), hidden=hidden))
-    return Flow(features, stack, context, support=support)
-
-
-def nsf(
-    features: int,
-    context: int = 0,
-    *,
-    layers: int = 4,
-    hidden: Sequence[int] = (64, 64),
-    elementwise: Univariate = SPLINE,
-    support: constraints.Constraint = constraints.real,
-) -> Flow:
-    """Build a flow of spline couplings with linear layers between: fast both ways, and sharp.
-
-    Args:
-        features: Number of features, at least 2.
-        context: Number of features to condition on; 0 for none.
-        layers: Number of couplings; each moves half of the features.
-        hidden: Widths of the hidden layers of each network.
-        elementwise: Family of the maps of one feature.
-        support: Where draws lie.
-
-    References:
-        Durkan, Bekasov, Murray, Papamakarios. Neural Spline Flows. NeurIPS 2019.
-        arXiv:1906.04032
-
-    Example:
-        >>> flow = nsf(features=2, support=constraints.positive)
-        >>> bool((flow().sample((100,)) > 0).all())
-        True
-    """
-    stack: list[nn.Module] = []
-    for i in range(layers):
-        stack.append(
-            Coupling(features, context, elementwise=elementwise, flip=bool(i % 2), hidden=hidden)
-        )
-        stack.append(LULinear(features))
-    return Flow(features, stack, context, support=support)
-
-
-def maf(
-    features: int,
-    context: int = 0,
-    *,
-    layers: int = 5,
-    hidden: Sequence[int] = (64, 64),
-    elementwise: Univariate = AFFINE,
-    support: constraints.Constraint = constraints.real,
-) -> Flow:
-    """Build a masked autoregressive flow: the best density for its size, slow to draw from.
-
-    The order of the features alternates between ascending and descending. With
-    ``elementwise=RationalQuadratic()`` it is the autoregressive neural spline flow.
-
-    Args:
-        features: Number of features.
-        context: Number of features to condition on; 0 for none.
-        layers: Number of autoregressive layers.
-        hidden: Widths of the hidden layers of each network.
-        elementwise: Family of the maps of one feature.
-        support: Where draws lie.
-
-    References:
-        Papamakarios, Pavlakou, Murray. Masked Autoregressive Flow for Density Estimation.
-        NeurIPS 2017. arXiv:1705.07057
-
-    Example:
-        >>> maf(features=3)().log_prob(torch.zeros(5, 3)).shape
-        torch.Size([5])
-    """
-    up = range(features)
-    stack = (
-        Autoregressive(
-            features,
-            context,
-            elementwise=elementwise,
-            order=up[::-1] if i % 2 else up,
-            hidden=hidden,
-        )
-        for i in range(layers)
-    )
-    return Flow(features, stack, context, support=support)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..distributions import Flow, Transformed
-from ..transforms.elementwise import ShiftScale
+from ..transforms.univariate import ShiftScale
 
 WIDEST = 10.0  # bound on |log(scale / init_scale)|, so that no encoder makes it overflow
 STEEPEST = 100.0  # bound on shared over own spread: correlations up to 0.99995

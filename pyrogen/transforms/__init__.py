@@ -3,8 +3,11 @@
 from .autoregressive import Autoregressive
 from .base import Bijection, Composed, Wrapped
 from .coupling import Coupling
-from .elementwise import Affine, Elementwise, RationalQuadratic, ShiftScale, Univariate
+from .elementwise import Elementwise
 from .linear import ActNorm, LULinear, Permutation
+from .spline import RationalQuadratic
+from .trace import ExactTrace, Hutchinson, Trace
+from .univariate import Affine, ShiftScale, Univariate
 
 __all__ = [
     "ActNorm",
@@ -14,10 +17,13 @@ __all__ = [
     "Composed",
     "Coupling",
     "Elementwise",
+    "ExactTrace",
+    "Hutchinson",
     "LULinear",
     "Permutation",
     "RationalQuadratic",
     "ShiftScale",
+    "Trace",
     "Univariate",
     "Wrapped",
 ]

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from ..inputs import check_context
 from ..nets import masked_mlp
 from .base import Bijection
-from .elementwise import AFFINE, Univariate, start_at_zero
+from .elementwise import start_at_zero
+from .univariate import AFFINE, Univariate
 
 
 class Autoregressive(nn.Module):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..inputs import check_batch, check_varied
 from .base import Bijection
-from .elementwise import ShiftScale
+from .univariate import ShiftScale
 
 
 class Permutation(nn.Module):
