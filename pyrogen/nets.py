@@ -5,6 +5,7 @@ __all__ = [
     "MaskedLinear",
     "ResidualMLP",
     "Standardized",
+    "TimeMLP",
     "conv_decoder",
     "conv_encoder",
     "masked_mlp",
@@ -303,52 +304,93 @@ class MaskedLinear(nn.Linear):
 
 
 def masked_mlp(
-    features: int,
+    adjacency: Tensor,
     outputs: int,
     context: int = 0,
     *,
-    order: Sequence[int] | None = None,
     hidden: Sequence[int] = (64, 64),
 ) -> nn.Sequential:
-    """Build a network whose outputs for a feature see only the features before it.
+    """Build a network whose outputs for a feature see chosen features only.
 
     Its input is ``x`` followed by the context, shape ``(*batch, features + context)``; its
     result has shape ``(*batch, features * outputs)``, feature by feature. Every output sees
-    all of the context.
+    all of the context. A hidden unit sees what some feature's outputs may see, and serves
+    all features that may see at least as much.
 
     Args:
-        features: Number of features of ``x``.
+        adjacency: What the outputs for each feature may see, boolean, shape
+            ``(features, features)``; strictly lower triangular for the features before it.
         outputs: Number of outputs for each feature.
         context: Number of features to condition on; 0 for none.
-        order: Rank of each feature, a permutation of ``range(features)``; ascending if None.
         hidden: Widths of the hidden layers.
-
-    Raises:
-        ValueError: If ``order`` is not a permutation.
 
     References:
         Germain, Gregor, Murray, Larochelle. MADE: Masked Autoencoder for Distribution
         Estimation. ICML 2015. arXiv:1502.03509
 
     Example:
-        >>> net = masked_mlp(3, 2)
+        >>> net = masked_mlp(torch.ones(3, 3).tril(-1).bool(), 2)
         >>> jacobian = torch.autograd.functional.jacobian(net, torch.zeros(3))
         >>> jacobian[:2].abs().sum(), jacobian[:, 2].abs().sum()  # of feature 0; by feature 2
         (tensor(0.), tensor(0.))
     """
-    rank = torch.arange(features) if order is None else torch.as_tensor(order)
-    if not torch.equal(rank.sort().values, torch.arange(features)):
-        raise ValueError(
-            f"masked_mlp expected order to hold each of 0, ..., {features - 1} once, got "
-            f"{rank.tolist()}. Pass a permutation such as torch.randperm(features)."
-        )
-    # A unit of degree k sees the context, and the features of rank k or less.
-    lowest = -1 if context else 0
-    degrees = max(features - 1 - lowest, 1)
-    seen = torch.cat([rank, rank.new_full((context,), -1)])
+    kinds = adjacency.unique(dim=0)
+    kinds = kinds[kinds.sum(1).argsort(stable=True)]
+    if not context and len(kinds) > 1:
+        kinds = kinds[kinds.any(1)]  # units that see nothing are constants
     layers: list[nn.Module] = []
+    below = torch.eye(adjacency.shape[1], dtype=torch.bool)  # what each unit of a layer has seen
+    free = context  # inputs that everything may see
     for width in hidden:
-        degree = lowest + torch.arange(width) * degrees // width
-        layers += [MaskedLinear(degree[:, None] >= seen), nn.SiLU()]
-        seen = degree
-    return nn.Sequential(*layers, MaskedLinear(rank.repeat_interleave(outputs)[:, None] > seen))
+        units = kinds[torch.arange(width) * len(kinds) // width]
+        layers += [MaskedLinear(_may_see(units, below, free)), nn.SiLU()]
+        below, free = units, 0
+    rows = adjacency.repeat_interleave(outputs, dim=0)
+    return nn.Sequential(*layers, MaskedLinear(_may_see(rows, below, free)))
+
+
+def _may_see(units: Tensor, below: Tensor, free: int) -> Tensor:
+    """Whether each unit may see each unit below: if that has seen nothing that it must not."""
+    forbidden = below.float() @ (~units).float().T
+    return torch.cat([forbidden.T == 0, forbidden.new_ones(len(units), free) > 0], dim=1)
+
+
+class TimeMLP(nn.Module):
+    """Fully connected network of data, time and context: for the vector field of a flow.
+
+    The last layer starts at zero, so an untrained flow stands still.
+
+    Args:
+        features: Number of features of one datum.
+        context: Number of features to condition on; 0 for none.
+        hidden: Widths of the hidden layers.
+        activation: Makes the nonlinearity between layers; choose a smooth one, for the solvers.
+
+    Shape:
+        ``forward(x, t, context)``: ``(batch, features)``, ``(batch,)`` and ``(batch, context)``
+        to ``(batch, features)``.
+
+    Example:
+        >>> net = TimeMLP(2, context=3)
+        >>> net(torch.zeros(5, 2), torch.zeros(5), torch.zeros(5, 3)).shape
+        torch.Size([5, 2])
+    """
+
+    def __init__(
+        self,
+        features: int,
+        context: int = 0,
+        *,
+        hidden: Sequence[int] = (64, 64, 64),
+        activation: Callable[[], nn.Module] = nn.SiLU,
+    ) -> None:
+        super().__init__()
+        self.net = mlp(features + 1 + context, features, hidden, activation=activation)
+        last = self.net[-1]
+        assert isinstance(last, nn.Linear)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+
+    def forward(self, x: Tensor, t: Tensor, context: Tensor | None = None) -> Tensor:
+        known = [x, t.unsqueeze(-1)] + ([] if context is None else [context])
+        return self.net(torch.cat(known, dim=-1))

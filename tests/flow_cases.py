@@ -4,11 +4,13 @@ import pyro.distributions as dist
 from torch import nn
 from torch.distributions import constraints
 
-from pyrogen.distributions import maf, nsf, realnvp
+from pyrogen.distributions import iaf, maf, nice, nsf, realnvp
 from pyrogen.transforms import RationalQuadratic
 
 SMALL = {"layers": 2, "hidden": (16,)}
 RECIPES = {
+    "nice": lambda *a, **k: nice(*a, **{**SMALL, **k}),
+    "iaf": lambda *a, **k: iaf(*a, **{**SMALL, **k}),
     "realnvp": lambda *a, **k: realnvp(*a, **{**SMALL, **k}),
     "nsf": lambda *a, **k: nsf(*a, **{**SMALL, **k}),
     "maf": lambda *a, **k: maf(*a, **{**SMALL, **k}),
@@ -33,3 +35,8 @@ def awake(flow):
     flow.shift.uniform_(-1, 1)
     flow.scale.uniform_(0.5, 2)
     return flow
+
+
+def networks(flow):
+    """The networks of a flow's layers, from noise to data."""
+    return [module.net for module in flow.modules() if hasattr(module, "net")]

@@ -29,7 +29,8 @@ def test_autoregressive_jacobian_is_full_triangular_in_its_order(order):
 
 
 def test_every_masked_output_sees_the_context():
-    net = masked_mlp(3, 2, 2, hidden=(16, 16)).double()
+    before = torch.ones(3, 3).tril(-1).bool()
+    net = masked_mlp(before, 2, 2, hidden=(16, 16)).double()
     d = jacobian(net, torch.randn(5).double()).reshape(3, 2, 5)
     assert (d[..., 3:] != 0).all()
     see = (d[..., :3] != 0).all(1)
@@ -114,3 +115,69 @@ def test_forward_derivatives_outlive_values_that_have_settled():
     assert (value == 0).all()
     assert torch.allclose(ours, expected, atol=1e-12)
     assert not torch.allclose(ours, tangent, atol=1e-2)
+
+
+# Any graph
+
+DIAMOND = torch.tensor([[0, 0, 0, 0], [1, 0, 0, 0], [1, 0, 0, 0], [0, 1, 1, 0]]).bool()
+APART = torch.zeros(4, 4).bool()
+FORK = torch.tensor([[0, 1, 0, 0], [0, 0, 0, 0], [0, 1, 0, 0], [1, 0, 1, 0]]).bool()
+
+
+@pytest.mark.parametrize("graph", [DIAMOND, APART, FORK], ids=["diamond", "apart", "fork"])
+@pytest.mark.parametrize("context", [0, 2])
+def test_each_feature_sees_its_parents_and_no_others(graph, context):
+    layer = awake(Autoregressive(4, context, adjacency=graph, hidden=(16, 16)))
+    c = torch.randn(context).double() if context else None
+    d = jacobian(layer(c).inv, torch.randn(4).double())  # one pass: entries are the edges
+    assert torch.equal(d != 0, graph | torch.eye(4).bool())
+    if context:
+        seen = jacobian(lambda c: layer(c).inv(torch.ones(4).double()), c)
+        assert (seen != 0).all()
+
+
+@pytest.mark.parametrize(("graph", "passes"), [(DIAMOND, 3), (APART, 1), (FORK, 3)])
+def test_a_draw_takes_as_many_passes_as_the_longest_chain(graph, passes):
+    layer = awake(Autoregressive(4, adjacency=graph, elementwise=RationalQuadratic()))
+    count = []
+    layer.net.register_forward_hook(lambda *_: count.append(1))
+    x = torch.randn(20, 4).double()
+    y, ladj = layer().call_and_ladj(x)
+    assert len(count) == passes
+    back, inverse_ladj = layer().inverse_and_ladj(y)
+    assert torch.allclose(back, x, atol=1e-12)
+    assert torch.allclose(ladj, -inverse_ladj, atol=1e-12)
+    d = jacobian(layer(), x[0])
+    assert torch.allclose(torch.linalg.slogdet(d).logabsdet, ladj[0], atol=1e-12)
+
+
+def test_a_chain_by_order_and_by_adjacency_is_one_network():
+    torch.manual_seed(0)
+    first = Autoregressive(4, 2, order=[2, 0, 3, 1])
+    torch.manual_seed(0)
+    rank = torch.tensor([2, 0, 3, 1])
+    second = Autoregressive(4, 2, adjacency=rank[:, None] > rank)
+    for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"adjacency": torch.ones(3, 3).bool()}, r"without cycles.*see earlier ones"),
+        ({"adjacency": torch.eye(3).bool()}, r"without cycles"),
+        (
+            {"adjacency": torch.zeros(2, 3).bool()},
+            r"got torch.bool of shape \(2, 3\)",
+        ),
+        ({"adjacency": torch.zeros(3, 3)}, r"boolean adjacency.*got torch.float32"),
+        (
+            {"adjacency": torch.zeros(3, 3).bool(), "order": [0, 1, 2]},
+            r"got both",
+        ),
+        ({"order": [0, 1, 1]}, r"each of 0, ..., 2 once, got \[0, 1, 1\]"),
+    ],
+)
+def test_graphs_that_are_none_are_refused(options, match):
+    with pytest.raises(ValueError, match=match):
+        Autoregressive(3, **options)

@@ -55,6 +55,8 @@ def latent_variable(likelihood, outputs):
 
 MODULES = {  # name -> (module, what it is called with)
     "Flow": lambda: (pd.Flow(FEATURES, [pt.LULinear(FEATURES)]), ()),
+    "nice": lambda: (pd.nice(FEATURES, CONTEXT, hidden=(8,)), (context(),)),
+    "iaf": lambda: (pd.iaf(FEATURES, CONTEXT, hidden=(8,)), (context(),)),
     "realnvp": lambda: (pd.realnvp(FEATURES, CONTEXT, hidden=(8,)), (context(),)),
     "nsf": lambda: (pd.nsf(FEATURES, CONTEXT, hidden=(8,)), (context(),)),
     "maf": lambda: (pd.maf(FEATURES, CONTEXT, hidden=(8,)), (context(),)),
@@ -157,10 +159,15 @@ LAYERS = {
     ),
     "Coupling": lambda: (pt.Coupling(FEATURES, CONTEXT, hidden=(8,)), context()),
     "Elementwise": lambda: (pt.Elementwise(FEATURES), None),
+    "Inverse": lambda: (pt.Inverse(pt.Autoregressive(FEATURES, CONTEXT, hidden=(8,))), context()),
     "LULinear": lambda: (pt.LULinear(FEATURES), None),
     "Permutation": lambda: (pt.Permutation([2, 0, 1]), None),
     "RationalQuadratic": lambda: (
         pt.Coupling(FEATURES, CONTEXT, elementwise=pt.RationalQuadratic(), hidden=(8,)),
+        context(),
+    ),
+    "Shift": lambda: (
+        pt.Coupling(FEATURES, CONTEXT, elementwise=pt.Shift(), hidden=(8,)),
         context(),
     ),
 }

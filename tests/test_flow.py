@@ -8,7 +8,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from flow_cases import RECIPES, SUPPORTS, awake
+from flow_cases import RECIPES, SUPPORTS, awake, networks
 from torch import nn
 from torch.distributions import constraints
 from torch.distributions import transforms as tt
@@ -92,9 +92,8 @@ def test_draw_and_score_agree_at_ten_times_the_outputs(recipe):
     """Maps this steep lose eight digits whatever the algorithm, so double precision it is."""
     flow = awake(recipe(6)).double()
     with torch.no_grad():
-        for layer in flow.layers:
-            if hasattr(layer, "net"):
-                layer.net[-1].weight.mul_(10)
+        for net in networks(flow):
+            net[-1].weight.mul_(10)
     x, log_prob = flow().rsample_and_log_prob((100,))
     assert (flow().log_prob(x) - log_prob).abs().max() <= 1e-6
 
@@ -125,14 +124,15 @@ def test_hessian_matches_finite_differences(recipe):
     assert torch.allclose(hessian, hessian.T, atol=1e-10)
 
 
-def test_log_prob_is_one_pass(recipe):
+def test_one_way_is_one_pass(recipe):
     flow = recipe(4, layers=3)
     count = []
-    for layer in flow.layers:
-        if hasattr(layer, "net"):
-            layer.net.register_forward_hook(lambda *_: count.append(1))
-    flow().log_prob(torch.randn(5, 4))
-    assert len(count) == 3
+    for net in networks(flow):
+        net.register_forward_hook(lambda *_: count.append(1))
+    x, _ = flow().rsample_and_log_prob((5,))
+    drawn = len(count)
+    flow().log_prob(x)
+    assert min(drawn, len(count) - drawn) == 3  # one way at least
 
 
 def test_nothing_is_stale_after_a_step(recipe):
@@ -162,7 +162,7 @@ def test_untrained_flow_learns_at_once(recipe):
     flow = recipe(4)
     flow().log_prob(torch.randn(8, 4) ** 3).sum().backward()
     assert all(w.grad is not None for w in flow.parameters())
-    last = flow.layers[0].net[-1]
+    last = networks(flow)[0][-1]
     assert isinstance(last, nn.Linear | MaskedLinear)
     assert last.weight.grad.abs().sum() > 0
 
@@ -179,7 +179,7 @@ def test_every_feature_is_moved_by_a_network(recipe):
         if ".net." in name:
             nn.init.normal_(p)
     moved = torch.autograd.functional.jacobian(flow().bijection, torch.randn(5).double())
-    assert (moved.diag() != 1).all()
+    assert (moved != torch.eye(5).double()).any(1).all()
 
 
 # A distribution of Pyro

@@ -14,7 +14,7 @@ from .likelihoods import (
     Likelihood,
 )
 from .marginal import LatentVariable, Marginal
-from .recipes import maf, nsf, realnvp
+from .recipes import iaf, maf, nice, nsf, realnvp
 from .samplers import Ancestral, FrozenScore, Heun, Multistep
 
 __all__ = [
@@ -42,7 +42,9 @@ __all__ = [
     "Preconditioned",
     "Pushforward",
     "Transformed",
+    "iaf",
     "maf",
+    "nice",
     "nsf",
     "realnvp",
 ]

@@ -1,13 +1,13 @@
 """Bijections with exact log-determinants: values of ``module(context)``."""
 
 from .autoregressive import Autoregressive
-from .base import Bijection, Composed, Wrapped
+from .base import Bijection, Composed, Inverse, Wrapped
 from .coupling import Coupling
 from .elementwise import Elementwise
 from .linear import ActNorm, LULinear, Permutation
 from .spline import RationalQuadratic
 from .trace import ExactTrace, Hutchinson, Trace
-from .univariate import Affine, ShiftScale, Univariate
+from .univariate import Affine, Shift, ShiftScale, Univariate
 
 __all__ = [
     "ActNorm",
@@ -19,9 +19,11 @@ __all__ = [
     "Elementwise",
     "ExactTrace",
     "Hutchinson",
+    "Inverse",
     "LULinear",
     "Permutation",
     "RationalQuadratic",
+    "Shift",
     "ShiftScale",
     "Trace",
     "Univariate",

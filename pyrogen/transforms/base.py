@@ -4,13 +4,13 @@ A value and the log-determinant that belongs to it come from one call, so nothin
 bijection can be deep-copied, compiled, differentiated twice, and is never stale.
 """
 
-__all__ = ["Bijection", "Composed", "Wrapped"]
+__all__ = ["Bijection", "Composed", "Inverse", "Wrapped"]
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 
 import torch
-from torch import Size, Tensor
+from torch import Size, Tensor, nn
 from torch.distributions import Transform, constraints
 
 
@@ -102,6 +102,27 @@ class _Inverse(Bijection):
 
     def inverse_shape(self, shape: Iterable[int]) -> Size:
         return self.bijection.forward_shape(shape)
+
+
+class Inverse(nn.Module):
+    """Layer that goes the other way: what cost one pass from data to noise costs one to draw.
+
+    Args:
+        layer: Module ``context -> Bijection``.
+
+    Example:
+        >>> from pyrogen.transforms import Autoregressive
+        >>> layer = Inverse(Autoregressive(3))
+        >>> layer().call_and_ladj(torch.zeros(5, 3))[1].shape
+        torch.Size([5])
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, context: Tensor | None = None) -> Bijection:
+        return self.layer(context).inv
 
 
 class Wrapped(Bijection):

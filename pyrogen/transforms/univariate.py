@@ -6,7 +6,7 @@ parameters. Coupling and autoregressive layers take a family and predict its par
 the identity.
 """
 
-__all__ = ["Affine", "ShiftScale", "Univariate", "bounded"]
+__all__ = ["Affine", "Shift", "ShiftScale", "Univariate", "bounded"]
 
 import math
 from abc import ABC, abstractmethod
@@ -63,6 +63,29 @@ class Affine(Univariate):
     def __call__(self, params: Tensor) -> Bijection:
         log_scale, shift = params.unbind(-1)
         return ShiftScale(bounded(log_scale, self.bound), shift)
+
+
+@dataclass(frozen=True)
+class Shift(Univariate):
+    r"""Maps :math:`x \mapsto x + t`, which keep volume: the additive couplings of NICE.
+
+    References:
+        Dinh, Krueger, Bengio. NICE: Non-linear Independent Components Estimation. ICLR 2015
+        workshop. arXiv:1410.8516
+
+    Example:
+        >>> shift = Shift()(torch.ones(3, 1))
+        >>> shift.call_and_ladj(torch.ones(3))
+        (tensor([2., 2., 2.]), tensor([0., 0., 0.]))
+    """
+
+    @property
+    def parameters(self) -> int:
+        return 1
+
+    def __call__(self, params: Tensor) -> Bijection:
+        (shift,) = params.unbind(-1)
+        return ShiftScale(torch.zeros_like(shift), shift)
 
 
 class ShiftScale(Bijection):

@@ -1,6 +1,6 @@
 """Functions that build a flow: one for each architecture of the literature."""
 
-from .autoregressive import maf
-from .coupling import nsf, realnvp
+from .autoregressive import iaf, maf
+from .coupling import nice, nsf, realnvp
 
-__all__ = ["maf", "nsf", "realnvp"]
+__all__ = ["iaf", "maf", "nice", "nsf", "realnvp"]

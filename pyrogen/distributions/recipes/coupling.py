@@ -1,15 +1,51 @@
 """Flows of couplings: fast both ways."""
 
-__all__ = ["nsf", "realnvp"]
+__all__ = ["nice", "nsf", "realnvp"]
 
 from collections.abc import Sequence
 
 from torch import nn
 from torch.distributions import constraints
 
-from ...transforms import Coupling, LULinear, Permutation, Univariate
+from ...transforms import Coupling, Elementwise, LULinear, Permutation, Shift, Univariate
 from ...transforms.spline import SPLINE
+from ...transforms.univariate import AFFINE
 from ..flow import Flow
+
+
+def nice(
+    features: int,
+    context: int = 0,
+    *,
+    layers: int = 8,
+    hidden: Sequence[int] = (64, 64),
+    support: constraints.Constraint = constraints.real,
+    noise: nn.Module | None = None,
+) -> Flow:
+    """Build a flow of additive couplings: volume is kept until a last scale of each feature.
+
+    Its density is the noise's along a warped grid: the least that a flow can do, and the most
+    robust.
+
+    Args:
+        features: Number of features, at least 2.
+        context: Number of features to condition on; 0 for none.
+        layers: Number of couplings; each moves half of the features.
+        hidden: Widths of the hidden layers of each network.
+        support: Where draws lie.
+        noise: Module whose call gives the law of the noise; standard normal if None.
+
+    References:
+        Dinh, Krueger, Bengio. NICE: Non-linear Independent Components Estimation. ICLR 2015
+        workshop. arXiv:1410.8516
+
+    Example:
+        >>> nice(features=3)().sample((5,)).shape
+        torch.Size([5, 3])
+    """
+    stack: list[nn.Module] = [Elementwise(features, context, hidden=hidden)]
+    stack += _alternating(features, context, layers=layers, elementwise=Shift(), hidden=hidden)
+    return Flow(features, stack, context, support=support, noise=noise)
 
 
 def realnvp(
@@ -19,6 +55,7 @@ def realnvp(
     layers: int = 8,
     hidden: Sequence[int] = (64, 64),
     support: constraints.Constraint = constraints.real,
+    noise: nn.Module | None = None,
 ) -> Flow:
     """Build a flow of affine couplings: fast both ways, smooth, and the plainest.
 
@@ -28,6 +65,7 @@ def realnvp(
         layers: Number of couplings; each moves half of the features.
         hidden: Widths of the hidden layers of each network.
         support: Where draws lie.
+        noise: Module whose call gives the law of the noise; standard normal if None.
 
     References:
         Dinh, Sohl-Dickstein, Bengio. Density estimation using Real NVP. ICLR 2017.
@@ -37,12 +75,8 @@ def realnvp(
         >>> realnvp(features=3)().sample((5,)).shape
         torch.Size([5, 3])
     """
-    stack: list[nn.Module] = []
-    for i in range(layers):
-        if i and i % 2 == 0:
-            stack.append(Permutation.random(features))
-        stack.append(Coupling(features, context, flip=bool(i % 2), hidden=hidden))
-    return Flow(features, stack, context, support=support)
+    stack = _alternating(features, context, layers=layers, elementwise=AFFINE, hidden=hidden)
+    return Flow(features, stack, context, support=support, noise=noise)
 
 
 def nsf(
@@ -53,6 +87,7 @@ def nsf(
     hidden: Sequence[int] = (64, 64),
     elementwise: Univariate = SPLINE,
     support: constraints.Constraint = constraints.real,
+    noise: nn.Module | None = None,
 ) -> Flow:
     """Build a flow of spline couplings with linear layers between: fast both ways, and sharp.
 
@@ -63,6 +98,7 @@ def nsf(
         hidden: Widths of the hidden layers of each network.
         elementwise: Family of the maps of one feature.
         support: Where draws lie.
+        noise: Module whose call gives the law of the noise; standard normal if None.
 
     References:
         Durkan, Bekasov, Murray, Papamakarios. Neural Spline Flows. NeurIPS 2019.
@@ -79,4 +115,18 @@ def nsf(
             Coupling(features, context, elementwise=elementwise, flip=bool(i % 2), hidden=hidden)
         )
         stack.append(LULinear(features))
-    return Flow(features, stack, context, support=support)
+    return Flow(features, stack, context, support=support, noise=noise)
+
+
+def _alternating(
+    features: int, context: int, *, layers: int, elementwise: Univariate, hidden: Sequence[int]
+) -> list[nn.Module]:
+    """Couplings that move each half in turn, and the features shuffled after each pair."""
+    stack: list[nn.Module] = []
+    for i in range(layers):
+        if i and i % 2 == 0:
+            stack.append(Permutation.random(features))
+        stack.append(
+            Coupling(features, context, elementwise=elementwise, flip=bool(i % 2), hidden=hidden)
+        )
+    return stack
