@@ -3,12 +3,12 @@
 __all__ = [
     "Incomplete",
     "MaskedLinear",
+    "MaskedMLP",
     "ResidualMLP",
     "Standardized",
     "TimeMLP",
     "conv_decoder",
     "conv_encoder",
-    "masked_mlp",
     "mlp",
 ]
 
@@ -303,14 +303,8 @@ class MaskedLinear(nn.Linear):
         return nn.functional.linear(x, self.weight * self.mask, self.bias)
 
 
-def masked_mlp(
-    adjacency: Tensor,
-    outputs: int,
-    context: int = 0,
-    *,
-    hidden: Sequence[int] = (64, 64),
-) -> nn.Sequential:
-    """Build a network whose outputs for a feature see chosen features only.
+class MaskedMLP(nn.Sequential):
+    """Fully connected network whose outputs for a feature see chosen features only.
 
     Its input is ``x`` followed by the context, shape ``(*batch, features + context)``; its
     result has shape ``(*batch, features * outputs)``, feature by feature. Every output sees
@@ -329,24 +323,54 @@ def masked_mlp(
         Estimation. ICML 2015. arXiv:1502.03509
 
     Example:
-        >>> net = masked_mlp(torch.ones(3, 3).tril(-1).bool(), 2)
+        >>> net = MaskedMLP(torch.ones(3, 3).tril(-1).bool(), 2)
         >>> jacobian = torch.autograd.functional.jacobian(net, torch.zeros(3))
         >>> jacobian[:2].abs().sum(), jacobian[:, 2].abs().sum()  # of feature 0; by feature 2
         (tensor(0.), tensor(0.))
     """
-    kinds = adjacency.unique(dim=0)
-    kinds = kinds[kinds.sum(1).argsort(stable=True)]
-    if not context and len(kinds) > 1:
-        kinds = kinds[kinds.any(1)]  # units that see nothing are constants
-    layers: list[nn.Module] = []
-    below = torch.eye(adjacency.shape[1], dtype=torch.bool)  # what each unit of a layer has seen
-    free = context  # inputs that everything may see
-    for width in hidden:
-        units = kinds[torch.arange(width) * len(kinds) // width]
-        layers += [MaskedLinear(_may_see(units, below, free)), nn.SiLU()]
-        below, free = units, 0
-    rows = adjacency.repeat_interleave(outputs, dim=0)
-    return nn.Sequential(*layers, MaskedLinear(_may_see(rows, below, free)))
+
+    def __init__(
+        self,
+        adjacency: Tensor,
+        outputs: int,
+        context: int = 0,
+        *,
+        hidden: Sequence[int] = (64, 64),
+    ) -> None:
+        kinds = adjacency.unique(dim=0)
+        kinds = kinds[kinds.sum(1).argsort(stable=True)]
+        if not context and len(kinds) > 1:
+            kinds = kinds[kinds.any(1)]  # units that see nothing are constants
+        layers: list[nn.Module] = []
+        below = torch.eye(adjacency.shape[1], dtype=torch.bool)  # what each unit below has seen
+        free = context  # inputs that everything may see
+        for width in hidden:
+            units = kinds[torch.arange(width) * len(kinds) // width]
+            layers += [MaskedLinear(_may_see(units, below, free)), nn.SiLU()]
+            below, free = units, 0
+        rows = adjacency.repeat_interleave(outputs, dim=0)
+        super().__init__(*layers, MaskedLinear(_may_see(rows, below, free)))
+        self.outputs = outputs
+
+    def outputs_for(self, features: Tensor, x: Tensor) -> Tensor:
+        """Return the outputs for some features only, in their order.
+
+        Args:
+            features: Indices of the features, shape ``(chosen,)``.
+            x: As for the whole network.
+
+        Shape:
+            Result ``(*batch, chosen * outputs)``.
+        """
+        *hidden, last = self
+        for layer in hidden:
+            x = layer(x)
+        assert isinstance(last, MaskedLinear)
+        weight, mask, bias = (
+            w.unflatten(0, (-1, self.outputs))[features].flatten(0, 1)
+            for w in (last.weight, last.mask, last.bias)
+        )
+        return nn.functional.linear(x, weight * mask, bias)
 
 
 def _may_see(units: Tensor, below: Tensor, free: int) -> Tensor:

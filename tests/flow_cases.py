@@ -4,7 +4,19 @@ import pyro.distributions as dist
 from torch import nn
 from torch.distributions import constraints
 
-from pyrogen.distributions import iaf, maf, nice, nsf, realnvp
+from pyrogen.distributions import (
+    bernstein,
+    gaussianization,
+    iaf,
+    maf,
+    naf,
+    nice,
+    nsf,
+    realnvp,
+    sospf,
+    triangular,
+    umnn,
+)
 from pyrogen.transforms import RationalQuadratic
 
 SMALL = {"layers": 2, "hidden": (16,)}
@@ -16,6 +28,14 @@ RECIPES = {
     "maf": lambda *a, **k: maf(*a, **{**SMALL, **k}),
     "spline maf": lambda *a, **k: maf(*a, **{**SMALL, "elementwise": RationalQuadratic(), **k}),
 }
+MONOTONE = {  # drawn by roots
+    "naf": lambda *a, **k: naf(*a, **{**SMALL, **k}),
+    "umnn": lambda *a, **k: umnn(*a, **{**SMALL, "units": 4, **k}),
+    "sospf": lambda *a, **k: sospf(*a, **{**SMALL, **k}),
+    "bernstein": lambda *a, **k: bernstein(*a, **{**SMALL, **k}),
+    "triangular": lambda *a, layers=1, **k: triangular(*a, hidden=(16,), units=4, **k),
+    "gaussianization": lambda *a, **k: gaussianization(*a, **{**SMALL, **k}),
+}
 SUPPORTS = {
     "real": constraints.real,
     "positive": constraints.positive,
@@ -24,6 +44,7 @@ SUPPORTS = {
     "greater than": constraints.greater_than(2.0),
     "simplex": constraints.simplex,
     "ordered": dist.constraints.ordered_vector,
+    "positive ordered": dist.constraints.positive_ordered_vector,
 }
 
 

@@ -8,7 +8,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from flow_cases import RECIPES, SUPPORTS, awake, networks
+from flow_cases import MONOTONE, RECIPES, SUPPORTS, awake, networks
 from torch import nn
 from torch.distributions import constraints
 from torch.distributions import transforms as tt
@@ -18,8 +18,10 @@ from pyrogen.nets import MaskedLinear
 from pyrogen.targets import checkerboard, eight_gaussians
 from pyrogen.transforms import Elementwise, LULinear
 
+EVERY = RECIPES | MONOTONE
 
-@pytest.fixture(params=RECIPES.values(), ids=RECIPES)
+
+@pytest.fixture(params=EVERY.values(), ids=EVERY)
 def recipe(request):
     return request.param
 
@@ -32,6 +34,7 @@ def support(request):
 # The density
 
 
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
 def test_untrained_flow_is_its_noise(recipe):
     x = torch.randn(7, 3)
     expected = dist.Normal(torch.zeros(3), 1.0).to_event(1).log_prob(x)
@@ -61,7 +64,7 @@ def test_density_integrates_to_one(recipe):
 def test_density_integrates_to_one_on_a_square(recipe):
     flow = awake(recipe(2, support=constraints.unit_interval).double())
     flow.shift.zero_()
-    flow.scale.fill_(0.7)  # away from the borders, where a grid is too coarse
+    flow.scale.fill_(0.5)  # away from the borders, where a grid is too coarse
     grid = (torch.arange(400).double() + 0.5) / 400
     with torch.no_grad():
         mass = flow().log_prob(torch.cartesian_prod(grid, grid)).exp().mean()
@@ -125,14 +128,15 @@ def test_hessian_matches_finite_differences(recipe):
 
 
 def test_one_way_is_one_pass(recipe):
-    flow = recipe(4, layers=3)
+    flow = recipe(4, 1, layers=3)
     count = []
     for net in networks(flow):
-        net.register_forward_hook(lambda *_: count.append(1))
-    x, _ = flow().rsample_and_log_prob((5,))
+        net[0].register_forward_hook(lambda *_: count.append(1))
+    p = flow(torch.ones(1))
+    x, _ = p.rsample_and_log_prob((5,))
     drawn = len(count)
-    flow().log_prob(x)
-    assert min(drawn, len(count) - drawn) == 3  # one way at least
+    p.log_prob(x)
+    assert min(drawn, len(count) - drawn) == len(networks(flow))  # one way at least
 
 
 def test_nothing_is_stale_after_a_step(recipe):
@@ -159,8 +163,8 @@ def test_every_parameter_gets_a_gradient(recipe):
 
 
 def test_untrained_flow_learns_at_once(recipe):
-    flow = recipe(4)
-    flow().log_prob(torch.randn(8, 4) ** 3).sum().backward()
+    flow = recipe(4, 1)
+    flow(torch.ones(1)).log_prob(torch.randn(8, 4) ** 3).sum().backward()
     assert all(w.grad is not None for w in flow.parameters())
     last = networks(flow)[0][-1]
     assert isinstance(last, nn.Linear | MaskedLinear)
@@ -168,6 +172,8 @@ def test_untrained_flow_learns_at_once(recipe):
 
 
 def test_every_feature_moves_every_other(recipe):
+    if recipe is MONOTONE["triangular"]:
+        pytest.skip("a triangular map is triangular")
     flow = awake(recipe(5, layers=6).double())
     dense = torch.autograd.functional.jacobian(flow().bijection, torch.randn(5).double())
     assert (dense != 0).all()
@@ -261,6 +267,7 @@ def test_state_survives_a_file_and_a_copy(recipe):
 # Standardizing
 
 
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
 def test_standardize_pulls_data_back_to_unit_scale(recipe, support):
     flow = recipe(3, support=support)
     data = awake(recipe(3, support=support))().sample((50, 4))
@@ -291,11 +298,6 @@ ERRORS = [
     (lambda: Flow(0, []), ValueError, r"at least 1 feature, got 0"),
     (lambda: Flow(2, [], support=constraints.boolean), ValueError, r"reals map onto, got Boolean"),
     (lambda: Flow(2, [], support=constraints.dependent), ValueError, r"reals map onto"),
-    (
-        lambda: Flow(2, [], support=dist.constraints.positive_ordered_vector),
-        ValueError,
-        r"support of 1 event dimensions.*Choose another",
-    ),
     (with_nan, ValueError, r"finite data, got 1 NaN"),
     (lambda: nsf(2).standardize(torch.ones(5, 3)), ValueError, r"\(\*batch, 2\), got \(5, 3\)"),
     (lambda: nsf(2).standardize(torch.ones(5, 2).int()), TypeError, r"floating-point"),

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from ..inputs import check_batch, check_varied
+from .supports import strictly_inside
 
 
 @torch.no_grad()
@@ -41,12 +42,7 @@ def standard_units(
     free = x if to_real is None else to_real(x)
     inside = free.isfinite().reshape(len(x), -1).all(-1)
     inside &= support.check(x).reshape(len(x), -1).all(-1)
-    while isinstance(support, constraints.independent):
-        support = support.base_constraint
-    if isinstance(support, constraints.interval | constraints.half_open_interval):
-        # torch's inverse clamps at the border: a finite number, but a scale of its own.
-        within = (x > support.lower_bound) & (x < support.upper_bound)
-        inside &= within.reshape(len(x), -1).all(-1)
+    inside &= strictly_inside(support, x)  # where the inverse clamps, its scale is its own
     if not inside.all():
         raise ValueError(
             f"{owner} expected data inside its support {support}, got {int((~inside).sum())} "

@@ -17,6 +17,7 @@ from torch.distributions import biject_to
 from ..distributions import Flow, Transformed
 from ..parameters import announce
 from ..transforms import LULinear
+from .log_joint import LogJoint
 from .sites import subsampled
 
 DRAWS = 10_000  # from which medians and quantiles are estimated
@@ -191,6 +192,26 @@ class AutoFlow(AutoContinuous):
     def get_transform(self, *args: Any, **kwargs: Any) -> Any:
         """Return the flow's bijection, from noise to the unconstrained latents."""
         return self._flow().bijection
+
+    def log_density(self, *args: Any, **kwargs: Any) -> LogJoint:
+        """Return the log-joint density of the model, as a function of the unconstrained latents.
+
+        What the flow learns to match, up to a constant: with ``guide.flow`` it makes a
+        :class:`~pyrogen.objectives.AnnealedBootstrap`.
+
+        Args:
+            *args: Arguments of the model.
+            **kwargs: Arguments of the model.
+
+        Example:
+            >>> from pyrogen.distributions import nsf
+            >>> from pyrogen.targets import EightSchools
+            >>> guide = AutoFlow(EightSchools().non_centred, nsf)
+            >>> guide.log_density()(torch.zeros(5, 10)).shape
+            torch.Size([5])
+        """
+        self.setup(*args, **kwargs)
+        return LogJoint(self.model, self, *args, **kwargs)
 
     def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Return the posterior median of every site, estimated from draws."""

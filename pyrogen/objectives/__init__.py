@@ -8,6 +8,9 @@ from .adversarial import (
     Relativistic,
     ZeroCentred,
 )
+from .annealed import AnnealedBootstrap, Replay
+from .continuous import RegularizedLikelihood
+from .dequantization import Dequantization
 from .elbo import (
     ELBO,
     Annealing,
@@ -34,22 +37,40 @@ from .elbo import (
     Thermodynamic,
 )
 from .likelihood import MaximumLikelihood
+from .matching import (
+    Bridge,
+    FlowMatching,
+    Independent,
+    Interpolant,
+    OptimalTransport,
+    Pairing,
+    SchroedingerBridge,
+    Stochastic,
+    Straight,
+    Trigonometric,
+)
 from .score import DenoisingScore, UniformTime, edm_weight
 
 __all__ = [
     "ELBO",
+    "AnnealedBootstrap",
     "Annealing",
     "Baseline",
     "Bound",
+    "Bridge",
     "ChiSquared",
     "CriticLoss",
     "DenoisingScore",
+    "Dequantization",
     "DoublyReparameterized",
     "FDivergence",
+    "FlowMatching",
     "Game",
     "GeneratorLoss",
     "Gradient",
     "ImportanceWeighted",
+    "Independent",
+    "Interpolant",
     "Learned",
     "LeaveOneOut",
     "MaximumLikelihood",
@@ -57,16 +78,24 @@ __all__ = [
     "MultiSample",
     "NoBaseline",
     "NonSaturating",
+    "OptimalTransport",
+    "Pairing",
     "Rebar",
+    "RegularizedLikelihood",
     "Relativistic",
     "Renyi",
     "Reparameterized",
+    "Replay",
     "ReweightedWakeSleep",
+    "SchroedingerBridge",
     "ScoreFunction",
+    "Stochastic",
+    "Straight",
     "StraightThrough",
     "TailAdaptive",
     "Tempered",
     "Thermodynamic",
+    "Trigonometric",
     "UniformTime",
     "ZeroCentred",
     "edm_weight",

@@ -2,13 +2,13 @@
 
 __all__ = ["Autoregressive"]
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from ..inputs import check_context
-from ..nets import masked_mlp
+from ..nets import MaskedMLP
 from .base import Bijection
 from .elementwise import start_at_zero
 from .univariate import AFFINE, Univariate
@@ -18,13 +18,12 @@ class Autoregressive(nn.Module):
     r"""Trainable map :math:`y_i = T(x_i; \theta_i(y_{<i}))`, with a triangular Jacobian.
 
     From data ``y`` to noise ``x``, and so for densities, it costs one pass of the network. From
-    noise to data it repeats :math:`y \leftarrow T(x; \theta(y))`, of which the :math:`k`-th
-    repeat makes the first :math:`k` features exact, until nothing changes: at most ``features``
-    passes, often far fewer. Where a feature sees only some of those before it, given by
-    ``adjacency``, as many passes do as the longest chain has features. When the draw is
-    differentiated all passes are made, so derivatives of every order are exact; where that is
-    the hot path, prefer :class:`~pyrogen.transforms.Coupling`, or
-    :class:`~pyrogen.transforms.Inverse`, which draws in one pass. It starts as the identity.
+    noise to data features are moved in turn: a pass of the network for each, of which only the
+    outputs for that feature are computed. Where a feature sees only some of those before it,
+    given by ``adjacency``, as many passes do as the longest chain has features. Maps as cheap as
+    affine ones are, where no derivative is asked for, instead repeated for all features,
+    :math:`y \leftarrow T(x; \theta(y))`, until nothing changes, which is often far sooner.
+    :class:`~pyrogen.transforms.Inverse` draws in one pass. It starts as the identity.
 
     Args:
         features: Number of features.
@@ -52,6 +51,8 @@ class Autoregressive(nn.Module):
         (torch.Size([5, 3]), torch.Size([5]))
     """
 
+    turns: Tensor
+
     def __init__(
         self,
         features: int,
@@ -73,23 +74,15 @@ class Autoregressive(nn.Module):
                 "Autoregressive expected an order or an adjacency, got both. The adjacency "
                 "implies an order: leave the other out."
             )
-        self.passes = _longest_chain(adjacency, features)
-        self.net = start_at_zero(
-            masked_mlp(adjacency, elementwise.parameters, context, hidden=hidden)
-        )
+        turns = _turns(adjacency, features)
+        self.sizes = [len(turn) for turn in turns]
+        self.register_buffer("turns", torch.cat(turns), persistent=False)
+        self.net = MaskedMLP(adjacency, elementwise.parameters, context, hidden=hidden)
+        start_at_zero(self.net)
 
     def forward(self, context: Tensor | None = None) -> Bijection:
         check_context(context, self.context, owner="Autoregressive")
-        shape = (self.features, self.elementwise.parameters)
-
-        def conditioner(y: Tensor) -> Bijection:
-            if context is not None:
-                batch = torch.broadcast_shapes(y.shape[:-1], context.shape[:-1])
-                y = torch.cat([y.expand(*batch, -1), context.expand(*batch, -1)], dim=-1)
-            return self.elementwise(self.net(y).unflatten(-1, shape))
-
-        batch_shape = () if context is None else context.shape[:-1]
-        return _Autoregressive(conditioner, self.passes, batch_shape)
+        return _Autoregressive(self, context)
 
 
 def _before(order: Sequence[int] | None, features: int) -> Tensor:
@@ -103,56 +96,85 @@ def _before(order: Sequence[int] | None, features: int) -> Tensor:
     return rank[:, None] > rank
 
 
-def _longest_chain(adjacency: Tensor, features: int) -> int:
-    """Number of features in the longest chain of parents: the passes that make all exact."""
+def _turns(adjacency: Tensor, features: int) -> list[Tensor]:
+    """Features that can be moved together, once those of all turns before have been."""
     if adjacency.shape != (features, features) or adjacency.dtype != torch.bool:
         raise ValueError(
             f"Autoregressive expected a boolean adjacency of shape ({features}, {features}), "
             f"got {adjacency.dtype} of shape {tuple(adjacency.shape)}. Row i holds what feature "
             "i sees."
         )
-    step = adjacency.double()
-    reached = torch.eye(features).double()
-    for length in range(1, features + 1):
-        reached = ((reached @ step) > 0).double()
-        if not reached.any():
-            return length
-    raise ValueError(
-        "Autoregressive expected an adjacency without cycles, got features that see themselves "
-        "through others. Order the features and let each see earlier ones only."
-    )
+    turns: list[Tensor] = []
+    left = torch.ones(features, dtype=torch.bool)
+    while left.any():
+        ready = left & ~(adjacency & left).any(1)
+        if not ready.any():
+            raise ValueError(
+                "Autoregressive expected an adjacency without cycles, got features that see "
+                "themselves through others. Order the features and let each see earlier ones "
+                "only."
+            )
+        turns.append(ready.nonzero().squeeze(1))
+        left &= ~ready
+    return turns
 
 
 class _Autoregressive(Bijection):
-    def __init__(
-        self,
-        conditioner: Callable[[Tensor], Bijection],
-        passes: int,
-        batch_shape: Sequence[int],
-    ) -> None:
-        super().__init__(batch_shape)
-        self.conditioner = conditioner
-        self.passes = passes
+    def __init__(self, layer: Autoregressive, context: Tensor | None) -> None:
+        super().__init__(() if context is None else context.shape[:-1])
+        self.layer = layer
+        self.context = context
 
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        y, ladj = self.conditioner(x).call_and_ladj(x)
-        for _ in range(1, self.passes):
+        x = x.expand(torch.broadcast_shapes(x.shape, (*self.batch_shape, 1)))
+        if self.layer.elementwise.parameters > CHEAP:
+            return self._in_turn(x)
+        first = self._maps(x).call_and_ladj(x)
+        return self._in_turn(x) if _is_differentiated(first[0]) else self._repeat(x, *first)
+
+    def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        x, ladj = self._maps(y).inverse_and_ladj(y)
+        return x, ladj.sum(-1)
+
+    def _maps(self, y: Tensor) -> Bijection:
+        """Maps of all features, given the data ``y``."""
+        family = self.layer.elementwise
+        return family(self.layer.net(self._seen(y)).unflatten(-1, (-1, family.parameters)))
+
+    def _seen(self, y: Tensor) -> Tensor:
+        if self.context is None:
+            return y
+        batch = torch.broadcast_shapes(y.shape[:-1], self.batch_shape)
+        return torch.cat([y.expand(*batch, -1), self.context.expand(*batch, -1)], dim=-1)
+
+    def _in_turn(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        family, net = self.layer.elementwise, self.layer.net
+        y, ladj = torch.zeros_like(x), torch.zeros_like(x[..., 0])
+        for turn in self.layer.turns.split(self.layer.sizes):
+            params = net.outputs_for(turn, self._seen(y)).unflatten(-1, (-1, family.parameters))
+            moved, moved_ladj = family(params).call_and_ladj(x[..., turn])
+            y, ladj = y.index_copy(-1, turn, moved), ladj + moved_ladj.sum(-1)
+        return y, ladj
+
+    def _repeat(self, x: Tensor, y: Tensor, ladj: Tensor) -> tuple[Tensor, Tensor]:
+        """Move all features at once, given the last result, until nothing changes."""
+        for _ in self.layer.sizes[1:]:
             last = y
-            y, ladj = self.conditioner(last).call_and_ladj(x)
-            if _settled(last, y):
+            y, ladj = self._maps(last).call_and_ladj(x)
+            if _equal(last, y):
                 break
         return y, ladj.sum(-1)
 
-    def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        x, ladj = self.conditioner(y).inverse_and_ladj(y)
-        return x, ladj.sum(-1)
+
+CHEAP = 2  # parameters of a map that costs less than the network that sets it
 
 
-def _settled(last: Tensor, y: Tensor) -> bool:
-    """Whether a repeat changed nothing, and no derivative could still be on its way."""
-    if y.requires_grad or torch.autograd.forward_ad.unpack_dual(y).tangent is not None:
-        return False
+def _equal(last: Tensor, y: Tensor) -> bool:
     try:
         return torch.equal(last, y)
     except RuntimeError:  # within vmap the values of one datum cannot steer the loop of all
         return False
+
+
+def _is_differentiated(y: Tensor) -> bool:
+    return y.requires_grad or torch.autograd.forward_ad.unpack_dual(y).tangent is not None

@@ -26,6 +26,8 @@ class Coupling(nn.Module):
         elementwise: Family of the maps :math:`T`.
         flip: Move the first half instead of the second.
         hidden: Widths of the hidden layers of the network for :math:`\theta`.
+        embedding: What the network sees of ``a``: module ``(*batch, kept) -> (*batch, any)``,
+            such as the cosine and sine of angles; ``a`` itself if None.
 
     Raises:
         ValueError: If there are fewer than 2 features, or the context does not fit.
@@ -49,6 +51,7 @@ class Coupling(nn.Module):
         elementwise: Univariate = AFFINE,
         flip: bool = False,
         hidden: Sequence[int] = (64, 64),
+        embedding: nn.Module | None = None,
     ) -> None:
         super().__init__()
         if features < 2:
@@ -62,12 +65,15 @@ class Coupling(nn.Module):
         self.context = context
         self.elementwise = elementwise
         self.flip = flip
-        self.net = start_at_zero(mlp(kept + context, moved * elementwise.parameters, hidden))
+        self.embedding = nn.Identity() if embedding is None else embedding
+        seen = self.embedding(torch.zeros(kept)).shape[-1]
+        self.net = start_at_zero(mlp(seen + context, moved * elementwise.parameters, hidden))
 
     def forward(self, context: Tensor | None = None) -> Bijection:
         check_context(context, self.context, owner="Coupling")
 
         def conditioner(a: Tensor) -> Bijection:
+            a = self.embedding(a)
             if context is not None:
                 batch = torch.broadcast_shapes(a.shape[:-1], context.shape[:-1])
                 a = torch.cat([a.expand(*batch, -1), context.expand(*batch, -1)], dim=-1)

@@ -1,12 +1,13 @@
-"""Linear layers: permutations, triangular factors, and activation normalisation."""
+"""Linear layers: permutations, reflections, triangular factors, activation normalisation."""
 
-__all__ = ["ActNorm", "LULinear", "Permutation"]
+__all__ = ["ActNorm", "Householder", "LULinear", "Permutation", "Reflections"]
 
 from collections.abc import Sequence
 from typing import Self
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import constraints
 
 from ..inputs import check_batch, check_varied
 from .base import Bijection
@@ -69,6 +70,101 @@ class _Permutation(Bijection):
         return y[..., self.undo], y.new_zeros(y.shape[:-1])
 
 
+class Householder(nn.Module):
+    r"""Trainable orthogonal map :math:`y = H_K \cdots H_1 x`, :math:`H_i = I - 2 v_i v_i^\top`.
+
+    Lengths and volumes are kept, the log-determinant is 0, and the inverse is the transpose.
+    With ``features`` reflections every orthogonal matrix of determinant
+    :math:`(-1)^K` is within reach. It starts as a random one. Cost: two products with the
+    ``reflections`` vectors, whatever their number, by the compact form of :class:`Reflections`.
+
+    Args:
+        features: Number of features.
+        reflections: Number :math:`K` of reflections; ``features`` if None.
+
+    Raises:
+        ValueError: If there are no features or no reflections.
+
+    References:
+        Tomczak, Welling. Improving Variational Auto-Encoders using Householder Flow.
+        NeurIPS workshop 2016. arXiv:1611.09630
+
+    Example:
+        >>> layer = Householder(3)
+        >>> x = torch.tensor([3.0, 0.0, 4.0])
+        >>> layer()(x).norm()
+        tensor(5., grad_fn=<LinalgVectorNormBackward0>)
+    """
+
+    def __init__(self, features: int, reflections: int | None = None) -> None:
+        super().__init__()
+        reflections = features if reflections is None else reflections
+        if features < 1 or reflections < 1:
+            raise ValueError(
+                f"Householder expected at least 1 feature and 1 reflection, got {features} and "
+                f"{reflections}. For the identity leave the layer out."
+            )
+        self.vectors = nn.Parameter(torch.randn(reflections, features))
+
+    def forward(self, context: Tensor | None = None) -> Bijection:
+        return Reflections(self.vectors)
+
+
+class Reflections(Bijection):
+    r"""The product of reflections along given vectors, in their order.
+
+    With the unit vectors as rows of :math:`V`, it is :math:`x - V^\top T^\top V x`, where
+    :math:`T^{-1}` is upper triangular: ½ on the diagonal, :math:`V V^\top` above it.
+
+    Args:
+        vectors: Normals of the mirrors, of any length, shape ``(*batch, reflections, features)``;
+            a vector of zeros reflects nothing.
+
+    References:
+        Joffrain, Low, Quintana-Ortí, van de Geijn, Van Zee. Accumulating Householder
+        transformations, revisited. ACM Transactions on Mathematical Software 32(2), 2006.
+
+    Example:
+        >>> Reflections(torch.tensor([[1.0, 0.0], [0.0, 3.0]]))(torch.tensor([1.0, 2.0]))
+        tensor([-1., -2.])
+    """
+
+    def __init__(self, vectors: Tensor) -> None:
+        super().__init__(vectors.shape[:-2])
+        self.vectors = vectors
+
+    def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        vectors, above = self._compact()
+        return self._reflect(x, vectors, torch.linalg.solve_triangular(above, vectors, upper=True))
+
+    def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        vectors, above = self._compact()
+        below = above.mT
+        return self._reflect(
+            y, vectors, torch.linalg.solve_triangular(below, vectors, upper=False)
+        )
+
+    def columns(self, count: int) -> Tensor:
+        """The first columns of the matrix, laid in rows: shape ``(*batch, count, features)``."""
+        vectors, above = self._compact()
+        first = torch.eye(count, vectors.shape[-1]).to(vectors)
+        return first - first @ vectors.mT @ torch.linalg.solve_triangular(
+            above, vectors, upper=True
+        )
+
+    def _compact(self) -> tuple[Tensor, Tensor]:
+        vectors = nn.functional.normalize(self.vectors, dim=-1)
+        half = 0.5 * torch.eye(vectors.shape[-2]).to(vectors)
+        return vectors, (vectors @ vectors.mT).triu(1) + half
+
+    def _reflect(self, x: Tensor, vectors: Tensor, turned: Tensor) -> tuple[Tensor, Tensor]:
+        if vectors.ndim == 2:  # one product for the whole batch
+            y = x - x @ vectors.mT @ turned
+        else:
+            y = x - (x.unsqueeze(-2) @ vectors.mT @ turned).squeeze(-2)
+        return y, y.new_zeros(y.shape[:-1])
+
+
 class LULinear(nn.Module):
     r"""Trainable map :math:`y = LUx + b` with :math:`L` unit lower, :math:`U` upper triangular.
 
@@ -102,6 +198,13 @@ class LULinear(nn.Module):
     def forward(self, context: Tensor | None = None) -> Bijection:
         return _LULinear(self)
 
+    def factors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return :math:`L`, :math:`U` and the log-determinant of their product."""
+        eye = torch.eye(len(self.bias)).to(self.bias)
+        lower = self.entries * self.below + eye
+        upper = self.entries * self.below.T + self.log_diagonal.exp().diag()
+        return lower, upper, self.log_diagonal.sum()
+
 
 class _LULinear(Bijection):
     def __init__(self, layer: LULinear) -> None:
@@ -109,21 +212,15 @@ class _LULinear(Bijection):
         self.layer = layer
 
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        lower, upper, bias, ladj = self._factors()
-        return x @ upper.T @ lower.T + bias, ladj.expand(x.shape[:-1])
+        lower, upper, ladj = self.layer.factors()
+        return x @ upper.T @ lower.T + self.layer.bias, ladj.expand(x.shape[:-1])
 
     def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        lower, upper, bias, ladj = self._factors()
-        rows = (y - bias).reshape(-1, y.shape[-1])
+        lower, upper, ladj = self.layer.factors()
+        rows = (y - self.layer.bias).reshape(-1, y.shape[-1])
         rows = torch.linalg.solve_triangular(lower.T, rows, upper=True, left=False)
         rows = torch.linalg.solve_triangular(upper.T, rows, upper=False, left=False)
         return rows.reshape(y.shape), -ladj.expand(y.shape[:-1])
-
-    def _factors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        layer, diagonal = self.layer, self.layer.log_diagonal
-        lower = layer.entries * layer.below + torch.eye(len(diagonal)).to(diagonal)
-        upper = layer.entries * layer.below.T + diagonal.exp().diag()
-        return lower, upper, layer.bias, diagonal.sum()
 
 
 class ActNorm(nn.Module):
@@ -135,6 +232,8 @@ class ActNorm(nn.Module):
 
     Args:
         features: Number of features.
+        shared: Number of dimensions after the features whose entries share shift and scale:
+            2 for the pixels of images, whose features are channels.
 
     Raises:
         ValueError: If the first batch holds fewer than two data, or a constant feature.
@@ -152,8 +251,9 @@ class ActNorm(nn.Module):
 
     ready: Tensor
 
-    def __init__(self, features: int) -> None:
+    def __init__(self, features: int, *, shared: int = 0) -> None:
         super().__init__()
+        self.shared = shared
         self.log_scale = nn.Parameter(torch.zeros(features))
         self.shift = nn.Parameter(torch.zeros(features))
         self.register_buffer("ready", torch.tensor(False))  # noqa: FBT003
@@ -166,22 +266,28 @@ class _ActNorm(Bijection):
     def __init__(self, layer: ActNorm) -> None:
         super().__init__()
         self.layer = layer
+        if layer.shared:
+            self.domain = self.codomain = constraints.independent(
+                constraints.real, 1 + layer.shared
+            )
 
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
         y, ladj = self._map().call_and_ladj(x)
-        return y, ladj.sum(-1)
+        return y, ladj.flatten(-1 - self.layer.shared).sum(-1)
 
     def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
         if self.layer.training and not self.layer.ready:
             self._start_from(y.detach())
         x, ladj = self._map().inverse_and_ladj(y)
-        return x, ladj.sum(-1)
+        return x, ladj.flatten(-1 - self.layer.shared).sum(-1)
 
     def _map(self) -> Bijection:
-        return ShiftScale(self.layer.log_scale, self.layer.shift)
+        shape = (-1, *[1] * self.layer.shared)
+        return ShiftScale(self.layer.log_scale.view(shape), self.layer.shift.view(shape))
 
     def _start_from(self, y: Tensor) -> None:
         layer = self.layer
+        y = y.movedim(-1 - layer.shared, -1)
         check_batch(y, layer.shift.shape, owner="ActNorm", like=layer.shift, at_least=2)
         rows = y.flatten(0, -2)
         check_varied(rows, owner="ActNorm")

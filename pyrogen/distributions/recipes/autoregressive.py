@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import nn
 from torch.distributions import constraints
 
-from ...transforms import Autoregressive, Inverse, Univariate
+from ...transforms import Autoregressive, Inverse, LULinear, Univariate
 from ...transforms.univariate import AFFINE
 from ..flow import Flow
 
@@ -24,7 +24,8 @@ def maf(
 ) -> Flow:
     """Build a masked autoregressive flow: the best density for its size, slow to draw from.
 
-    The order of the features alternates between ascending and descending. With
+    The order of the features alternates between ascending and descending, and linear layers mix
+    them in between. With
     ``elementwise=RationalQuadratic()`` it is the autoregressive neural spline flow.
 
     Args:
@@ -44,7 +45,11 @@ def maf(
         >>> maf(features=3)().log_prob(torch.zeros(5, 3)).shape
         torch.Size([5])
     """
-    stack = _alternating(features, context, layers=layers, elementwise=elementwise, hidden=hidden)
+    stack: list[nn.Module] = []
+    for layer in _alternating(
+        features, context, layers=layers, elementwise=elementwise, hidden=hidden
+    ):
+        stack += [layer, LULinear(features)]
     return Flow(features, stack, context, support=support, noise=noise)
 
 
@@ -81,8 +86,12 @@ def iaf(
         >>> x.shape, log_prob.shape
         (torch.Size([5, 3]), torch.Size([5]))
     """
-    stack = _alternating(features, context, layers=layers, elementwise=elementwise, hidden=hidden)
-    return Flow(features, map(Inverse, stack), context, support=support, noise=noise)
+    stack: list[nn.Module] = []
+    for layer in _alternating(
+        features, context, layers=layers, elementwise=elementwise, hidden=hidden
+    ):
+        stack += [Inverse(layer), LULinear(features)]
+    return Flow(features, stack, context, support=support, noise=noise)
 
 
 def _alternating(

@@ -1,0 +1,1 @@
+"""Normalizing flows beside zuko, nflows, normflows and the transforms of Pyro."""

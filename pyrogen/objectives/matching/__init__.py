@@ -1,0 +1,18 @@
+"""Matching a vector field to straight or bent lines between noise and data: no solver to train."""
+
+__all__ = [
+    "Bridge",
+    "FlowMatching",
+    "Independent",
+    "Interpolant",
+    "OptimalTransport",
+    "Pairing",
+    "SchroedingerBridge",
+    "Stochastic",
+    "Straight",
+    "Trigonometric",
+]
+
+from .couplings import Independent, OptimalTransport, Pairing, SchroedingerBridge
+from .flow_matching import FlowMatching
+from .interpolants import Bridge, Interpolant, Stochastic, Straight, Trigonometric
