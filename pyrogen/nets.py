@@ -316,7 +316,8 @@ class MaskedMLP(nn.Sequential):
             ``(features, features)``; strictly lower triangular for the features before it.
         outputs: Number of outputs for each feature.
         context: Number of features to condition on; 0 for none.
-        hidden: Widths of the hidden layers.
+        hidden: Widths of the hidden layers; a layer has at least a unit for each set of features
+            that is seen, which for an order is as many as there are features.
 
     References:
         Germain, Gregor, Murray, Larochelle. MADE: Masked Autoencoder for Distribution
@@ -345,6 +346,7 @@ class MaskedMLP(nn.Sequential):
         below = torch.eye(adjacency.shape[1], dtype=torch.bool)  # what each unit below has seen
         free = context  # inputs that everything may see
         for width in hidden:
+            width = max(width, len(kinds))  # a kind without a unit would lose what it may see
             units = kinds[torch.arange(width) * len(kinds) // width]
             layers += [MaskedLinear(_may_see(units, below, free)), nn.SiLU()]
             below, free = units, 0

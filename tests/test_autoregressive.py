@@ -6,7 +6,15 @@ from torch import nn
 from torch.autograd.functional import hessian, jacobian
 
 from pyrogen.nets import MaskedMLP
-from pyrogen.transforms import Affine, Autoregressive, RationalQuadratic
+from pyrogen.transforms import (
+    Affine,
+    Autoregressive,
+    Inverted,
+    PerFeature,
+    RationalQuadratic,
+    Shift,
+    Stacked,
+)
 
 FAMILIES = {"affine": Affine(), "spline": RationalQuadratic(bins=5, bound=3.0)}
 
@@ -200,3 +208,25 @@ def test_a_chain_by_order_and_by_adjacency_is_one_network():
 def test_graphs_that_are_none_are_refused(options, match):
     with pytest.raises(ValueError, match=match):
         Autoregressive(3, **options)
+
+
+MIXED = PerFeature([Affine(), RationalQuadratic(), Shift()])
+
+
+@pytest.mark.parametrize("family", [MIXED, Inverted(MIXED), Stacked(MIXED, Affine())])
+def test_each_feature_may_have_a_family_of_its_own(family):
+    f = awake(Autoregressive(3, elementwise=family, order=[1, 2, 0]))()
+    x = torch.randn(20, 3).double()
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            y, ladj = f.call_and_ladj(x)
+        back, inverse_ladj = f.inverse_and_ladj(y)
+        assert torch.allclose(back, x, atol=1e-12)
+        assert torch.allclose(ladj, -inverse_ladj, atol=1e-12)
+
+
+def test_a_narrow_network_still_sees_all_that_it_may():
+    chain = torch.ones(20, 20).tril(-1).triu(-1).bool()
+    layer = awake(Autoregressive(20, adjacency=chain, hidden=(4, 4)))
+    d = jacobian(layer().inv, torch.randn(20).double())
+    assert torch.equal(d != 0, chain | torch.eye(20).bool())

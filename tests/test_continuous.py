@@ -2,6 +2,9 @@
 
 import copy
 import io
+import subprocess
+import sys
+from dataclasses import replace
 
 import pyro
 import pyro.distributions as dist
@@ -142,6 +145,38 @@ def test_hessian_matches_finite_differences(solver):
     expected = torch.stack([(slope(x + h) - slope(x - h)) / 2e-5 for h in step])
     assert torch.allclose(hessian, expected, atol=1e-6)
     assert torch.allclose(hessian, hessian.T, atol=1e-10)
+
+
+@pytest.mark.parametrize("solver", [RungeKutta4(3), DormandPrince(1e-6)], ids=name)
+def test_checkpoints_change_no_derivative(solver):
+    flow = small(3, 2, solver=solver).double()
+    x, c = torch.randn(4, 3).double(), torch.randn(4, 2).double().requires_grad_()
+    found = []
+    for checkpointed in (False, True):
+        flow.layers[0].solver = replace(solver, checkpointed=checkpointed)
+        weights = [c, *flow.parameters()]
+        gradient = torch.autograd.grad(flow(c).log_prob(x).sum(), weights)
+        hessian = torch.autograd.functional.hessian(lambda x: flow(c).log_prob(x).sum(), x)
+        found.append([*gradient, hessian])
+    for a, b in zip(*found, strict=True):
+        assert torch.allclose(a, b, atol=1e-11)
+
+
+@pytest.mark.slow
+def test_memory_of_a_checkpointed_density_hardly_grows_with_steps():
+    """Memory is measured by a child process, for a checkpoint may keep what it should forget."""
+    script = """
+import resource, sys, torch
+from pyrogen.distributions.recipes.continuous import cnf
+from pyrogen.transforms.ode import RungeKutta4
+flow = cnf(8, solver=RungeKutta4(int(sys.argv[1]), checkpointed=True))
+flow().log_prob(torch.randn(200, 8)).sum().backward()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+    few, many = (
+        int(subprocess.check_output([sys.executable, "-c", script, n])) for n in ("4", "24")
+    )
+    assert many < 1.1 * few
 
 
 def test_values_alone_take_no_derivative():

@@ -220,7 +220,7 @@ LAYERS = {name: coupling(family) for name, family in FAMILIES.items()} | {
     "LULinear": lambda: (pt.LULinear(FEATURES), None),
     "Permutation": lambda: (pt.Permutation([2, 0, 1]), None),
 }
-NOT_LAYERS = {  # test_transforms.py, test_univariate.py, test_splines.py; traces: test_diffusion.py
+NOT_LAYERS = {  # test_transforms.py, test_univariate.py, test_splines.py, test_diffusion.py
     *("Bijection", "BoundedSpline", "CircularSpline", "Composed", "ExactTrace", "Hutchinson"),
     *("Monotone", "Reflections", "ShiftScale", "Trace", "Univariate", "Wrapped"),
     *("Convolution1x1", "ImageCoupling", "MultiScale", "Squeeze"),  # test_image_flows.py

@@ -91,7 +91,7 @@ def test_bound_lies_below_and_tightens_to_the_truth(dequantizer):
 
 def test_average_of_probabilities_is_unbiased():
     p = Dequantized(sharp(), learned())()
-    k = CELLS[:3]
+    k = CELLS[quadrature(p.continuous, CELLS).topk(3).indices]  # weights of rare ones have tails
     with torch.no_grad():
         draws = p.bound(k.expand(20_000, 3, 2), particles=4).exp()
     error = draws.std(0) / len(draws) ** 0.5

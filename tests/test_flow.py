@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributions import constraints
 from torch.distributions import transforms as tt
 
-from pyrogen.distributions import Flow, Transformed, nsf
+from pyrogen.distributions import CircularNoise, Flow, StudentTNoise, Transformed, circular, nsf
 from pyrogen.nets import MaskedLinear
 from pyrogen.targets import checkerboard, eight_gaussians
 from pyrogen.transforms import Elementwise, LULinear
@@ -282,6 +282,7 @@ def test_standardize_pulls_data_back_to_unit_scale(recipe, support):
 
 # Refusals
 
+RING = CircularNoise([True, True])
 UNIT = constraints.unit_interval
 TWO = torch.tensor([[0.5, 0.2], [0.1, 0.4]])
 
@@ -291,6 +292,9 @@ def with_nan():
 
 
 ERRORS = [
+    (lambda: nsf(2, support=circular, noise=RING), ValueError, r"on the circle.*ncsf"),
+    (lambda: nsf(2, support=circular), ValueError, r"on the circle.*ncsf"),
+    (lambda: nsf(2, noise=StudentTNoise(3))(), ValueError, r"event shape \(2,\), got \(3,\)"),
     (lambda: nsf(2, 3)(), ValueError, r"context=3, got 0 .*rebuild the flow"),
     (lambda: nsf(2)(torch.ones(4, 3)), ValueError, r"context=0, got 3"),
     (lambda: nsf(2, 3)(torch.ones(4, 2)), ValueError, r"context=3, got 2"),

@@ -82,7 +82,7 @@ def test_flow_guide_reaches_the_evidence():
 
     elbo = Trace_ELBO(num_particles=32, vectorize_particles=True, max_plate_nesting=0)
     svi = SVI(target, guide, pyro.optim.Adam({"lr": 0.02}), elbo)
-    for _ in range(200):
+    for _ in range(400):
         svi.step(x)
     bound = sum(-svi.evaluate_loss(x) for _ in range(20)) / 20
     assert bound == pytest.approx(target.log_evidence(x).item(), abs=0.05)

@@ -1,5 +1,7 @@
 """The log-joint of many unconstrained latents at once, against a loop over single traces."""
 
+import math
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -90,9 +92,11 @@ def test_constrained_values_have_the_shapes_of_sites():
 def test_prior_draws_follow_the_prior():
     """Mean and spread of 4000 draws, each within five standard errors (one in 10^5 fails)."""
     log_joint = of(EightSchools().non_centred)
-    u = log_joint.prior(4000)
+    u, log_weight = log_joint.prior(4000)
     assert u[:, 0].mean().abs() < 5 * 5 / 4000**0.5
     assert u[:, 2:].std() == pytest.approx(1.0, abs=5 / (2 * 8 * 4000) ** 0.5)
+    evidence = log_weight.logsumexp(0).item() - math.log(4000)
+    assert evidence == pytest.approx(EightSchools().log_evidence(), abs=0.1)
     assert u[:, 1].quantile(0.5) == pytest.approx(torch.tensor(5.0).log().item(), abs=0.15)
 
 

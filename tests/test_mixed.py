@@ -96,7 +96,7 @@ def guide_of_all(guide):
 @pytest.mark.parametrize("size", [None, 4], ids=["whole", "subsampled"])
 def test_encoder_that_reads_the_global_reaches_the_exact_posterior(x, size):
     guide, gap = fit(functools.partial(make, given=("m",)), x, size=size)
-    assert abs(gap) < (0.02 if size is None else 0.1)  # nats for all data
+    assert abs(gap) < (0.02 if size is None else 0.15)  # nats for all data
     p = precision()
     mean = torch.linalg.solve(p, torch.cat([torch.zeros(1), x[:, 0] / NOISE**2]))
     median = guide.median(x)

@@ -225,3 +225,12 @@ ERRORS = [
 def test_refusals_say_what_to_do(call, match):
     with pytest.raises(ValueError, match=match):
         call()
+
+
+@pytest.mark.parametrize("at", [-6.0, -5.0, 5.0, 6.0])
+def test_bernstein_has_second_derivatives_at_its_ends_and_beyond(at):
+    def score(x):
+        return Bernstein(degree=6)(torch.zeros(7).double()).inverse_and_ladj(x)[1]
+
+    x = torch.tensor(at).double()
+    assert torch.autograd.functional.hessian(score, x).isfinite()

@@ -182,7 +182,7 @@ def test_autoguides_keep_their_mean_gradient(bound, make):
     guide()
     with torch.no_grad():
         for p in guide.parameters():
-            p.add_(0.1 * torch.randn_like(p))
+            p.add_(0.05 * torch.randn_like(p))
     parameters, means = list(guide.parameters()), []
     for gradient in (Reparameterized(), DoublyReparameterized()):
         loss = BOUNDS[bound][0](

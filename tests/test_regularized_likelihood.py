@@ -1,4 +1,4 @@
-"""The likelihood of a continuous flow with estimated traces, and what following its field costs."""
+"""The likelihood of a continuous flow with estimated traces, and the cost of following its field."""
 
 import math
 

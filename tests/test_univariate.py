@@ -267,3 +267,10 @@ def test_refusals_say_what_to_do(call, error, match):
 def test_families_of_the_line_say_so():
     for family in LINE.values():
         assert family(torch.zeros(family.parameters)).domain is constraints.real
+
+
+def test_bounded_stays_at_its_bound():
+    from pyrogen.transforms.univariate import bounded
+
+    x = torch.tensor([-1e30, 1e19, 1e20, 1e38])
+    assert torch.allclose(bounded(x, 3.0), torch.tensor([-3.0, 3.0, 3.0, 3.0]))

@@ -19,6 +19,7 @@ Vaitl, Nicoli, Nakajima, Kessel. Gradients Should Stay on Path. ICML 2022. arXiv
 import argparse
 import time
 from collections.abc import Sequence
+from itertools import pairwise
 
 import pyro
 import pyro.distributions as dist
@@ -55,7 +56,7 @@ class Checkerboard(nn.Module):
         self.affine = Affine()
         widths = [1, *hidden]
         stack: list[nn.Module] = []
-        for a, b in zip(widths, widths[1:], strict=False):
+        for a, b in pairwise(widths):
             stack += [nn.Conv2d(a, b, 3, padding=1, padding_mode="circular"), nn.LeakyReLU()]
         last = nn.Conv2d(widths[-1], 2, 3, padding=1, padding_mode="circular")
         nn.init.zeros_(last.weight)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from ..inputs import check_context
-from ..transforms import Bijection, ShiftScale
+from ..transforms import Bijection, Coupling, Elementwise, Permutation, ShiftScale
+from .noise import CircularNoise
 from .standard import standard_units
 from .supports import angles_of, from_reals
 from .transformed import Transformed
@@ -82,10 +83,12 @@ class Flow(nn.Module):
         shape = (features,) if event_shape is None else tuple(event_shape)
         _check_shape(shape, self.constrain, support)
         angles = angles_of(support, shape[-1])
-        if angles.any() and noise is None:
+        if angles.any() and not (
+            isinstance(noise, CircularNoise) and all(map(_keeps_angles, self.layers))
+        ):
             raise ValueError(
-                "Flow expected noise on the circle for its circular support, got none. Build the "
-                "flow by pyrogen.distributions.ncsf, or pass noise=CircularNoise(...)."
+                "Flow expected noise and layers on the circle for its circular support. Build the "
+                "flow by pyrogen.distributions.ncsf."
             )
         self.register_buffer("zero", torch.zeros(features))  # follows .to(device, dtype)
         self.register_buffer("shift", torch.zeros(shape))
@@ -101,7 +104,13 @@ class Flow(nn.Module):
 
     def _noise(self, batch_shape: Sequence[int]) -> dist.TorchDistribution:
         if self.noise is not None:
-            return self.noise().expand(batch_shape)
+            noise = self.noise()
+            if noise.event_shape != self.zero.shape:
+                raise ValueError(
+                    f"Flow expected noise of event shape {tuple(self.zero.shape)}, got "
+                    f"{tuple(noise.event_shape)}. Build the noise for as many features."
+                )
+            return noise.expand(batch_shape)
         zero = self.zero.expand(*batch_shape, -1)
         one = torch.ones_like(zero)
         return dist.Normal(zero, one, validate_args=False).to_event(1)  # known to be valid
@@ -156,3 +165,10 @@ def _check_shape(
         raise ValueError(
             f"Flow expected features that fill {support}, got {shape[-1]}. {error}"
         ) from error
+
+
+def _keeps_angles(layer: nn.Module) -> bool:
+    """Whether a layer moves angles as angles, rather than as numbers."""
+    if isinstance(layer, Coupling):
+        return not isinstance(layer.embedding, nn.Identity)
+    return isinstance(layer, Permutation | Elementwise)

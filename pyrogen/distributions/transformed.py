@@ -75,7 +75,7 @@ class Transformed(dist.TransformedDistribution):
 
     def to_noise(self, value: Tensor) -> Tensor:
         """Noise behind ``value``: the inverse of :meth:`from_noise`."""
-        return self.bijection.inverse_and_ladj(value)[0]
+        return self.bijection.inv(value)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log-density of ``value`` in nats, shape ``(*sample, *batch)``; one pass."""

@@ -102,8 +102,15 @@ class LogJoint:
         }
 
     @torch.no_grad()
-    def prior(self, draws: int) -> Tensor:
-        """Draws from the model's prior, unconstrained, shape ``(draws, latents)``.
+    def prior(self, draws: int) -> tuple[Tensor, Tensor]:
+        """Draw from the model's prior.
+
+        Args:
+            draws: Number of draws.
+
+        Returns:
+            Unconstrained latents, shape ``(draws, latents)``, and the log-likelihood of the data
+            under each, shape ``(draws,)``: its log importance weight for the posterior.
 
         Raises:
             NotImplementedError: If some site has a density but no draws.
@@ -114,22 +121,28 @@ class LogJoint:
             value = trace.nodes[name]["value"]
             value = value.expand(draws, *value.shape[1:]).reshape(draws, *site["value"].shape)
             parts.append(biject_to(site["fn"].support).inv(value).reshape(draws, -1))
-        return torch.cat(parts, dim=-1)
+        u = torch.cat(parts, dim=-1)
+        seen = {n: site for n, site in _laws(trace).items() if site["is_observed"]}
+        return u, self._total(seen, u)
 
     def _score(self, rows: Tensor) -> Tensor:
         values = self._values(rows)
         model = poutine.condition(self.model, {name: z for name, (z, _) in values.items()})
         trace = self._run(model, len(rows))
-        total = sum((ladj for _, ladj in values.values()), rows.new_zeros(len(rows)))
-        for name, site in _laws(trace).items():
-            if name in values:
-                _check_support(site, self.guide.prototype_trace.nodes[name], rows)
+        laws = _laws(trace)
+        for name in values:
+            _check_support(laws[name], self.guide.prototype_trace.nodes[name], rows)
+        return sum((ladj for _, ladj in values.values()), self._total(laws, rows))
+
+    def _total(self, laws: dict[str, Any], rows: Tensor) -> Tensor:
+        """Sum the log-densities of sites, one number a draw."""
+        total = rows.new_zeros(len(rows))
+        for site in laws.values():
             log_prob = torch.as_tensor(site["log_prob"])
-            if log_prob.ndim > self.depth:  # else it is the same for all draws
-                log_prob = log_prob.reshape(len(log_prob), -1).sum(-1)
-            else:
-                log_prob = log_prob.sum()
-            total = total + log_prob
+            if log_prob.ndim > self.depth:
+                total = total + log_prob.reshape(len(log_prob), -1).sum(-1)
+            else:  # the same for all draws
+                total = total + log_prob.sum()
         return total
 
     def _values(self, rows: Tensor) -> dict[str, tuple[Tensor, Tensor]]:

@@ -16,6 +16,9 @@ from ..evaluation.psis import effective_sample_size, psis
 from ..guides.log_joint import LogJoint
 from ..objectives.hamiltonian import Points, adapted, evaluate, transition
 
+Density = Callable[[Tensor], Tensor]
+
+CANDIDATES = 16  # for each chain that starts elsewhere
 LEAPFROG = 8
 LONGEST = 0.25  # step: eight of them are a third of a standard normal law's period
 FIRST = 0.1
@@ -159,7 +162,7 @@ def fidelity(
     limits: Limits | None = None,
     draws: int = 2000,
     chains: int = 128,
-    transitions: int = 40,
+    transitions: int = 60,
     **kwargs: Any,
 ) -> Fidelity:
     r"""Judge a guide as a transport map: from noise to the posterior of a model.
@@ -171,10 +174,11 @@ def fidelity(
 
     and Hamiltonian Monte Carlo forgets its start within a few steps. So a pilot runs many short
     chains, half of them from draws of the guide, and half from elsewhere: from draws of the
-    prior, and from uniform draws on (-2, 2) in unconstrained units, carried to the noise. If the
-    map leaves a neck, a far tail or a mode to itself, chains from there stay apart. Importance
-    weights cannot tell: they are known only where the guide goes, and a guide fitted by the
-    reverse Kullback-Leibler divergence does not go where it is wrong.
+    prior, chosen by their likelihood, and from uniform draws on (-2, 2) in unconstrained units,
+    chosen by their density, carried to the noise. If the map leaves a neck, a far tail or a mode
+    to itself, chains from there stay apart. The guide's importance weights cannot tell: they are
+    known only where the guide goes, and a guide fitted by the reverse Kullback-Leibler divergence
+    does not go where it is wrong.
 
     The pilot is blind to what neither guide nor prior finds.
 
@@ -321,34 +325,57 @@ def _pilot(
     return torch.stack(kept), step
 
 
-def _starts(law: Transformed, log_joint: LogJoint, density: Any, chains: int) -> Points:
-    """Half of the chains at draws of the guide, half elsewhere; all where density is finite."""
-    half = chains // 2
-    elsewhere = []
-    for source in (log_joint.prior, _uniform(law)):
+def _starts(law: Transformed, log_joint: LogJoint, density: Density, chains: int) -> Points:
+    """Half of the chains at draws of the guide, half elsewhere, all where density is finite.
+
+    Elsewhere is where the posterior has mass, as far as can be told without the guide: points
+    are drawn blindly and chosen by their weights. What has none, no sampler needs to leave.
+    """
+    zero = law.noise.mean
+    found = []
+    for source in (log_joint.prior, _uniform(zero, log_joint)):
         try:
-            noise = law.bijection.inverse_and_ladj(source(half))[0]
+            u, log_weight = source(CANDIDATES * chains)
+            noise = law.bijection.inverse_and_ladj(u)[0]
         except (NotImplementedError, FloatingPointError):  # no draws, or out of the map's reach
             continue
-        elsewhere.append(_possible(noise, density)[: chains // 4])
-    own = _possible(law.noise.sample(Size((4 * half,))), density)
-    missing = half - sum(map(len, elsewhere))
-    wide = _possible(3 * law.noise.sample(Size((4 * half,))), density)[:missing]
-    starts = torch.cat([*elsewhere, wide])
-    return evaluate(torch.cat([own[: chains - len(starts)], starts]), [density])
+        found.append(_chosen(noise, log_weight, density, chains // 4))
+    missing = chains - chains // 2 - sum(map(len, found))
+    if missing:
+        wide = 3 * law.noise.sample(Size((CANDIDATES * chains,)))
+        log_weight = density(wide) - law.noise.log_prob(wide / 3)
+        found.append(_chosen(wide, log_weight, density, missing))
+    own = law.noise.sample(Size((2 * chains,)))
+    found.append(_chosen(own, torch.zeros_like(own[:, 0]), density, chains // 2))
+    if not len(found[-1]):
+        raise FloatingPointError(
+            "fidelity found no draw of the guide where the model's log-density has a finite "
+            "gradient. Check the model far from its mass."
+        )
+    return evaluate(torch.cat(found), [density])
 
 
-def _uniform(law: Transformed) -> Callable[[int], Tensor]:
-    zero = law.noise.mean
-    return lambda n: 4 * torch.rand(n, len(zero), dtype=zero.dtype, device=zero.device) - 2
+def _uniform(zero: Tensor, log_joint: LogJoint) -> Callable[[int], tuple[Tensor, Tensor]]:
+    """Where NUTS starts without a map: uniform on (-2, 2), unconstrained."""
+
+    def draw(n: int) -> tuple[Tensor, Tensor]:
+        u = 4 * torch.rand(n, len(zero), dtype=zero.dtype, device=zero.device) - 2
+        return u, log_joint(u)
+
+    return draw
 
 
-def _possible(noise: Tensor, density: Callable[[Tensor], Tensor]) -> Tensor:
-    noise = noise[noise.isfinite().all(-1)]
-    if not len(noise):
-        return noise
-    points = evaluate(noise, [density])
-    return noise[points.log_density[0].isfinite() & points.slope[0].isfinite().all(-1)]
+def _chosen(noise: Tensor, log_weight: Tensor, density: Density, n: int) -> Tensor:
+    """Choose ``n`` points by weight, of those where density and slope are finite."""
+    usable = noise.isfinite().all(-1) & log_weight.isfinite()
+    noise, log_weight = noise[usable], log_weight[usable]
+    if len(noise):
+        points = evaluate(noise, [density])
+        usable = points.log_density[0].isfinite() & points.slope[0].isfinite().all(-1)
+        noise, log_weight = noise[usable], log_weight[usable]
+    if not len(noise) or not n:
+        return noise[:0]
+    return noise[log_weight.double().softmax(0).multinomial(n, replacement=True)]
 
 
 def _ranks(x: Tensor) -> Tensor:

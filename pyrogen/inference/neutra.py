@@ -34,6 +34,7 @@ class NeuTra:
         *args: Arguments of the model; run the sampler with the same.
         limits: What the verdict asks for; loosen it to go on deliberately.
         chains: Number of chains of the check.
+        transitions: Length of the chains of the check.
         **kwargs: Keywords of the model.
 
     Attributes:
@@ -72,9 +73,18 @@ class NeuTra:
         *args: Any,
         limits: Limits | None = None,
         chains: int = 128,
+        transitions: int = 60,
         **kwargs: Any,
     ) -> None:
-        self.verdict = fidelity(model, guide, *args, limits=limits, chains=chains, **kwargs)
+        self.verdict = fidelity(
+            model,
+            guide,
+            *args,
+            limits=limits,
+            chains=chains,
+            transitions=transitions,
+            **kwargs,
+        )
         self.guide = guide
         self.site = f"{guide._pyro_name}_noise"
         self._model = model

@@ -20,8 +20,8 @@ class Autoregressive(nn.Module):
     From data ``y`` to noise ``x``, and so for densities, it costs one pass of the network. From
     noise to data features are moved in turn: a pass of the network for each, of which only the
     outputs for that feature are computed. Where a feature sees only some of those before it,
-    given by ``adjacency``, as many passes do as the longest chain has features. Maps as cheap as
-    affine ones are, where no derivative is asked for, instead repeated for all features,
+    given by ``adjacency``, as many passes do as the longest chain has features. Affine maps are
+    cheap: where no derivative is asked for, all features are moved again and again,
     :math:`y \leftarrow T(x; \theta(y))`, until nothing changes, which is often far sooner.
     :class:`~pyrogen.transforms.Inverse` draws in one pass. It starts as the identity.
 
@@ -76,6 +76,7 @@ class Autoregressive(nn.Module):
             )
         turns = _turns(adjacency, features)
         self.sizes = [len(turn) for turn in turns]
+        self.families = [elementwise.of(turn.tolist()) for turn in turns]
         self.register_buffer("turns", torch.cat(turns), persistent=False)
         self.net = MaskedMLP(adjacency, elementwise.parameters, context, hidden=hidden)
         start_at_zero(self.net)
@@ -148,11 +149,12 @@ class _Autoregressive(Bijection):
         return torch.cat([y.expand(*batch, -1), self.context.expand(*batch, -1)], dim=-1)
 
     def _in_turn(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        family, net = self.layer.elementwise, self.layer.net
+        layer = self.layer
         y, ladj = torch.zeros_like(x), torch.zeros_like(x[..., 0])
-        for turn in self.layer.turns.split(self.layer.sizes):
-            params = net.outputs_for(turn, self._seen(y)).unflatten(-1, (-1, family.parameters))
-            moved, moved_ladj = family(params).call_and_ladj(x[..., turn])
+        for turn, family in zip(layer.turns.split(layer.sizes), layer.families, strict=True):
+            params = layer.net.outputs_for(turn, self._seen(y))
+            maps = family(params.unflatten(-1, (-1, family.parameters)))
+            moved, moved_ladj = maps.call_and_ladj(x[..., turn])
             y, ladj = y.index_copy(-1, turn, moved), ladj + moved_ladj.sum(-1)
         return y, ladj
 

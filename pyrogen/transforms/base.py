@@ -93,6 +93,12 @@ class _Inverse(Bijection):
     def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
         return self.bijection.call_and_ladj(y)
 
+    def _call(self, x: Tensor) -> Tensor:
+        return self.bijection._inverse(x)
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        return self.bijection._call(y)
+
     @property
     def inv(self) -> Bijection:
         return self.bijection
@@ -215,6 +221,16 @@ class Composed(Bijection):
             total = total + _sum_last(ladj, event_dim - part.codomain.event_dim)
             event_dim += part.domain.event_dim - part.codomain.event_dim
         return y, torch.as_tensor(total)
+
+    def _call(self, x: Tensor) -> Tensor:
+        for part in self.parts:
+            x = part._call(x)
+        return x
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        for part in reversed(self.parts):
+            y = part._inverse(y)
+        return y
 
     def forward_shape(self, shape: Iterable[int]) -> Size:
         shape = Size(shape)

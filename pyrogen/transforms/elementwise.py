@@ -81,19 +81,20 @@ class _Elementwise(Bijection):
 def start_at_zero(net: nn.Sequential) -> nn.Sequential:
     """Start a network that returns zeros, so that an untrained layer is the identity.
 
-    Its last layer is zero; the others keep the size of what passes through them, which learns
-    faster than torch's own start, by which signals shrink from layer to layer.
+    Its last layer is zero. The others start with rows of unit length on average, which learns
+    much faster than torch's own start, a third of that; larger ones still would overfit small
+    data.
 
     Args:
         net: Linear layers with SiLU between them.
 
     References:
-        He, Zhang, Ren, Sun. Delving Deep into Rectifiers. ICCV 2015. arXiv:1502.01852
+        LeCun, Bottou, Orr, Müller. Efficient BackProp. Neural Networks: Tricks of the Trade, 1998.
     """
     *hidden, last = (layer for layer in net if isinstance(layer, nn.Linear))
     for layer in hidden:
         seen = layer.mask.sum(1) if isinstance(layer, MaskedLinear) else layer.in_features
-        scale = SILU_GAIN * torch.as_tensor(seen).clamp(min=1).to(layer.weight).rsqrt()
+        scale = torch.as_tensor(seen).clamp(min=1).to(layer.weight).rsqrt()
         nn.init.normal_(layer.weight)
         with torch.no_grad():
             layer.weight.mul_(scale.unsqueeze(-1))
@@ -101,6 +102,3 @@ def start_at_zero(net: nn.Sequential) -> nn.Sequential:
     nn.init.zeros_(last.weight)
     nn.init.zeros_(last.bias)
     return net
-
-
-SILU_GAIN = 1.68  # one over the root mean square of silu(z) for standard normal z

@@ -195,9 +195,10 @@ class _Bernstein(Monotone):
         at = x.clamp(-self.bound, self.bound)
         t = ((at + self.bound) / (2 * self.bound)).unsqueeze(-1)
         co = ((self.bound - at) / (2 * self.bound)).unsqueeze(-1)
-        k = torch.arange(degree).to(x)
         choose = [math.comb(degree - 1, i) for i in range(degree)]
-        lower = x.new_tensor(choose) * t**k * co ** (degree - 1 - k)
+        lower = torch.cat(  # not powers of tensors, whose second derivative at 0 is NaN
+            [c * t**i * co ** (degree - 1 - i) for i, c in enumerate(choose)], dim=-1
+        )
         basis = F.pad(lower * co, (0, 1)) + F.pad(lower * t, (1, 0))  # of one degree more
         slope = (self.slopes * lower).sum(-1)
         value = (self.heights * basis).sum(-1) + (x - at) * slope

@@ -16,8 +16,8 @@ from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
+from .recompute import leaves, recomputed
 from .tableaux import EIGHT, FIVE
 
 Field = Callable[..., Tensor]
@@ -80,19 +80,21 @@ class _FixedSteps(Solver, ABC):
     ) -> Tensor:
         h = x.new_full((len(x),), (stop - start) / self.steps)
 
-        def step(t: Tensor, x: Tensor, *held: Tensor) -> Tensor:
+        def step(t: Tensor, x: Tensor, *held: Tensor) -> tuple[Tensor]:
             slopes: list[Tensor] = []
             for node, weights in zip(self.nodes, self.stages, strict=True):
                 point = _combine(x, h, weights, slopes) if slopes else x
                 slopes.append(field(t + node * h, point, *held))
-            return _combine(x, h, self.weights, slopes)
+            return (_combine(x, h, self.weights, slopes),)
 
+        parameters: tuple[Tensor, ...] = ()
         for i in range(self.steps):
-            t = x.new_full((len(x),), start + i * ((stop - start) / self.steps))
-            if self.checkpointed and torch.is_grad_enabled():
-                x = checkpoint(step, t, x, *held, use_reentrant=False)
+            inputs = (x.new_full((len(x),), start + i * ((stop - start) / self.steps)), x, *held)
+            if i and self.checkpointed and torch.is_grad_enabled():
+                (x,) = recomputed(step, inputs, parameters)
             else:
-                x = step(t, x, *held)
+                (x,) = step(*inputs)
+                parameters = leaves(x, *inputs) if self.checkpointed else ()
         return x
 
 
@@ -256,7 +258,8 @@ class DormandPrince(Solver):
 
         def attempt(*arguments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             if self.checkpointed and torch.is_grad_enabled():
-                return checkpoint(step, *arguments, use_reentrant=False)
+                new, end, error = recomputed(step, arguments, parameters)
+                return new, end, error
             return step(*arguments)
 
         t = x.new_full((len(x),), start)
@@ -266,6 +269,7 @@ class DormandPrince(Solver):
                 "DormandPrince chooses its steps by values, which vmap hides. Pass a batch, or "
                 "choose a solver of fixed steps such as RungeKutta4."
             )
+        parameters = leaves(slope, x, *held) if self.checkpointed else ()
         h = _first_step(x.detach(), slope.detach(), tolerance ** (1 / order), span)
         rows = torch.arange(len(x), device=x.device)
         arrived: list[tuple[Tensor, Tensor]] = []

@@ -36,7 +36,7 @@ def pulled_back(
         value, pull = torch.func.vjp(field, x)[:2]
         return value, torch.vmap(lambda probe: pull(probe)[0])(probes)
     with torch.enable_grad():
-        x = x if x.requires_grad else x.detach().requires_grad_()
+        x = x if differentiable and x.requires_grad else x.detach().requires_grad_()
         value = field(x)
         if not value.requires_grad:  # the same everywhere
             return value, torch.zeros_like(probes)

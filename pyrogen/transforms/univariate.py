@@ -31,7 +31,7 @@ from .base import Bijection, Composed
 
 def bounded(x: Tensor, limit: float) -> Tensor:
     """Squash smoothly into ``(-limit, limit)``, with slope 1 at zero."""
-    return x * torch.rsqrt(1 + (x / limit).square())
+    return limit * (x / torch.hypot(x, torch.full_like(x, limit)))  # no square that overflows
 
 
 class Univariate(ABC):
@@ -45,6 +45,10 @@ class Univariate(ABC):
     @abstractmethod
     def __call__(self, params: Tensor) -> Bijection:
         """Make an elementwise bijection of ``params``, shape ``(*shape, parameters)``."""
+
+    def of(self, features: Sequence[int]) -> "Univariate":
+        """Return the family for some of the features, given by their indices."""
+        return self
 
 
 @dataclass(frozen=True)
@@ -140,6 +144,9 @@ class Inverted(Univariate):
     def parameters(self) -> int:
         return self.family.parameters
 
+    def of(self, features: Sequence[int]) -> Univariate:
+        return Inverted(self.family.of(features))
+
     def __call__(self, params: Tensor) -> Bijection:
         return self.family(params).inv
 
@@ -165,6 +172,9 @@ class Stacked(Univariate):
     @property
     def parameters(self) -> int:
         return sum(family.parameters for family in self.families)
+
+    def of(self, features: Sequence[int]) -> Univariate:
+        return Stacked(*(family.of(features) for family in self.families))
 
     def __call__(self, params: Tensor) -> Bijection:
         parts = params.split([family.parameters for family in self.families], dim=-1)
@@ -192,13 +202,19 @@ class PerFeature(Univariate):
     def __init__(self, families: Sequence[Univariate]) -> None:
         self.families = tuple(families)
         _check_families("PerFeature", self.families)
+        self.most = max(family.parameters for family in self.families)
         self.groups: dict[Univariate, list[int]] = {}
         for i, family in enumerate(self.families):
             self.groups.setdefault(family, []).append(i)
 
     @property
     def parameters(self) -> int:
-        return max(family.parameters for family in self.families)
+        return self.most
+
+    def of(self, features: Sequence[int]) -> Univariate:
+        part = PerFeature([self.families[i] for i in features])
+        part.most = self.most
+        return part
 
     def __call__(self, params: Tensor) -> Bijection:
         features = params.shape[-2] if params.ndim > 1 else 0
@@ -208,7 +224,8 @@ class PerFeature(Univariate):
                 "features. Give a family to each feature that the layer moves."
             )
         if len(self.groups) == 1:
-            return self.families[0](params)
+            family = self.families[0]
+            return family(params[..., : family.parameters])
         parts = [
             (group, family(params[..., group, : family.parameters]))
             for family, group in self.groups.items()
