@@ -11,6 +11,7 @@ from torch.distributions import constraints
 from pyrogen.distributions import Flow, nsf
 from pyrogen.distributions.recipes.continuous import cnf
 from pyrogen.nets import TimeMLP
+from pyrogen.objectives.continuous import RegularizedLikelihood
 from pyrogen.objectives.matching import (
     Bridge,
     FlowMatching,
@@ -267,8 +268,8 @@ def test_precision_is_that_of_the_flow():
     [
         (Independent(), Straight()),
         (OptimalTransport(), Straight()),
-        (SchroedingerBridge(0.5), Bridge(0.5)),
-        (Independent(), Stochastic()),
+        (OptimalTransport(), Bridge(0.1)),
+        (Independent(), Stochastic(gamma=0.2)),
     ],
     ids=lambda v: type(v).__name__,
 )
@@ -297,7 +298,7 @@ def test_conditional_density_is_learned(pairing, interpolant):
     exact = side.log_prob(x - c).logsumexp(-1) - math.log(2)
     with torch.no_grad():
         gap = (exact - flow(c).log_prob(x)).mean().item()
-    assert -0.02 < gap < 0.06
+    assert -0.02 < gap < 0.1
 
 
 ERRORS = [
@@ -331,7 +332,7 @@ ERRORS = [
     (
         lambda: FlowMatching(cnf(2, support=constraints.positive))(-torch.ones(4, 2)),
         ValueError,
-        r"once data are real numbers,? expected finite data",
+        r"within the support",
     ),
     (lambda: Straight(-0.1), ValueError, r"Straight expected sigma_min >= 0, got -0.1"),
     (lambda: Bridge(math.nan), ValueError, r"Bridge expected sigma >= 0, got nan"),
@@ -343,3 +344,15 @@ ERRORS = [
 def test_refusals_say_what_to_do(call, error, match):
     with pytest.raises(error, match=match):
         call()
+
+
+@pytest.mark.parametrize("objective", [FlowMatching, RegularizedLikelihood])
+def test_data_outside_the_support_are_refused(objective):
+    flow = cnf(2, hidden=(8,), support=constraints.unit_interval)
+    with pytest.raises(ValueError, match="within the support"):
+        objective(flow)(1 + torch.rand(8, 2))
+
+
+def test_one_context_serves_the_whole_batch():
+    flow = cnf(2, 3, hidden=(8,))
+    assert FlowMatching(flow)(torch.randn(8, 2), torch.zeros(3)).isfinite()

@@ -1,4 +1,4 @@
-"""The likelihood of a continuous flow with estimated traces, and the cost of following its field."""
+"""The likelihood of a continuous flow with estimated traces, and the cost of its path."""
 
 import math
 

@@ -221,9 +221,7 @@ class Quantized(LikelihoodFree):
         k = k.expand(*torch.broadcast_shapes(lead, self.batch_shape), *self.event_shape)
         flat = k.reshape(*k.shape[: k.ndim - self.event_dim], -1)
         u, log_q = self.dequantizer(flat, self.context, particles)
-        # Rounding may carry k + u to k + 1, and u may be 0: both can be borders of the support.
-        x = torch.maximum(k + u.reshape(-1, *k.shape), k.nextafter(k + 1))
-        x = torch.minimum(x, (k + 1).nextafter(k))
+        x = _within_cell(k, u.reshape(-1, *k.shape))
         return (self.continuous.log_prob(x) - log_q).logsumexp(0) - math.log(particles)
 
     def bounded(self, *, particles: int = 1) -> "_Bounded":
@@ -303,10 +301,20 @@ class Dequantized(nn.Module):
         """
         _check_whole(k, ())
         u = torch.rand_like(k).clamp(min=1e-3, max=1 - 1e-3)  # off the borders
-        self.flow.standardize(k + u)  # type: ignore[operator]
+        self.flow.standardize(_within_cell(k, u))  # type: ignore[operator]
         if isinstance(self.dequantizer, VariationalDequantizer):
             self.dequantizer.standardize(k)
         return self
+
+
+def _within_cell(k: Tensor, u: Tensor) -> Tensor:
+    """``k + u`` strictly inside its cell: rounding may carry it to ``k + 1``, and u may be 0.
+
+    Both can be borders of the support. A draw of exactly 0, one in sixteen million in single
+    precision, stands for the smallest that is not.
+    """
+    x = torch.maximum(k + u.clamp(min=torch.finfo(u.dtype).eps / 2), k.nextafter(k + 1))
+    return torch.minimum(x, (k + 1).nextafter(k))
 
 
 def _check_whole(k: Tensor, event_shape: Sequence[int]) -> None:

@@ -11,7 +11,7 @@ from ..inputs import check_batch
 from ..transforms.continuous import EXACT, Continuous, FlowMap
 from ..transforms.ode import Solver
 from ..transforms.trace import Trace
-from .likelihood import check_law
+from .likelihood import check_law, check_support
 
 
 class RegularizedLikelihood(nn.Module):
@@ -83,6 +83,7 @@ class RegularizedLikelihood(nn.Module):
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         law = self.flow(context)
         check_law(law, x, like=self.flow.zero, owner="RegularizedLikelihood")
+        check_support(law, x)
         batch = x.shape[: x.ndim - len(law.event_shape)]
         total = penalty = x.new_zeros(batch)
         for part in reversed(law.bijection.parts):

@@ -1,6 +1,6 @@
 """Maximum likelihood, for what has a density."""
 
-__all__ = ["MaximumLikelihood", "check_law", "check_like"]
+__all__ = ["MaximumLikelihood", "check_law", "check_like", "check_support"]
 
 from typing import Any
 
@@ -70,3 +70,13 @@ def check_law(p: Any, x: Tensor, *, like: Tensor | None, owner: str) -> None:
             f"{owner} got data of batch shape {tuple(batch)} and contexts of "
             f"{tuple(p.batch_shape)}. Pass one context for each datum."
         )
+
+
+def check_support(p: Any, x: Tensor) -> None:
+    """Refuse data outside the support of ``p``, where its density is never asked for.
+
+    Raises:
+        ValueError: If there are any, when values are validated.
+    """
+    if p._validate_args:
+        p._validate_sample(x)

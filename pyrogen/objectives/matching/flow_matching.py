@@ -9,7 +9,7 @@ from ...distributions.flow import Flow
 from ...inputs import check_batch
 from ...transforms.base import Composed
 from ...transforms.continuous import Continuous
-from ..likelihood import check_law
+from ..likelihood import check_law, check_support
 from .couplings import Independent, Pairing
 from .interpolants import Interpolant, Straight
 
@@ -79,6 +79,7 @@ class FlowMatching(nn.Module):
     ) -> Tensor:
         law = self.flow(context)
         check_law(law, x, like=self.flow.zero, owner="FlowMatching")
+        check_support(law, x)
         layer = self.flow.layers[0]
         assert isinstance(layer, Continuous)
 
@@ -96,7 +97,7 @@ class FlowMatching(nn.Module):
                 f"data of shape {tuple(x.shape)}. Pass as many draws as data."
             )
         if context is not None:
-            context = context.reshape(-1, self.flow.context)
+            context = context.expand(*batch, -1).reshape(-1, self.flow.context)
 
         z = self.coupling(free, noise.reshape(-1, layer.features), context)
         t = _stratified(free)
