@@ -318,3 +318,8 @@ ERRORS = [
 def test_refusals_say_what_to_do(call, error, match):
     with pytest.raises(error, match=match):
         call()
+
+
+def test_density_that_depends_on_its_batch_is_refused():
+    with pytest.raises(ValueError, match=r"BatchNorm.*depends on the others.*standardize"):
+        PyroLayer(dist.transforms.BatchNorm(2))

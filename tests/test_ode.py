@@ -234,3 +234,13 @@ ERRORS = [
 def test_refusals_say_what_to_do(call, error, match):
     with pytest.raises(error, match=match):
         call()
+
+
+def test_checkpoints_let_steps_share_what_weights_are_made_of():
+    raw, x = torch.randn(2, 2).double().requires_grad_(), torch.randn(5, 2).double()
+    found = []
+    for checkpointed in (False, True):
+        w = raw.exp()  # a result, as of a parametrization
+        end = RungeKutta4(4, checkpointed=checkpointed)(lambda t, z, w=w: (z @ w).tanh(), x, 1, 0)
+        found.append(torch.autograd.grad(end.sum(), raw)[0])
+    assert torch.allclose(*found, atol=1e-12)

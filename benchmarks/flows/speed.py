@@ -25,7 +25,6 @@ import torch
 from torch import Tensor
 
 from benchmarks.flows.peers import Peer, Size, all_peers, validation_kept
-from pyrogen.transforms.autoregressive import _Autoregressive
 
 Way = Callable[[], object]
 

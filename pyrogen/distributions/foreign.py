@@ -37,7 +37,8 @@ class PyroLayer(nn.Module):
 
     Raises:
         TypeError: If ``transform`` is not a module.
-        ValueError: If a context is promised to a transform that takes none, or the reverse.
+        ValueError: If a context is promised to a transform that takes none, or the reverse, or
+            the density of a datum would depend on its batch.
         NotImplementedError: When a value is scored whose inverse the transform does not have.
 
     Example:
@@ -61,6 +62,11 @@ class PyroLayer(nn.Module):
             raise ValueError(
                 f"PyroLayer got context={context} for {type(transform).__name__}. Give context to "
                 "conditional transforms, and only to them."
+            )
+        if any(isinstance(part, dist.transforms.BatchNorm) for part in transform.modules()):
+            raise ValueError(
+                "PyroLayer got BatchNorm, whose density of one datum depends on the others in "
+                "its batch. Leave it out, and call the flow's standardize."
             )
         self.transform = transform
         self.context = context

@@ -91,6 +91,7 @@ class _Recomputed(torch.autograd.Function):
                     sources,
                     [gradients[i] for i in ends],
                     create_graph=again,
+                    retain_graph=True,  # weights may be results that other steps share
                     allow_unused=True,
                 )
             )
