@@ -346,7 +346,7 @@ ERRORS = [
         lambda: Flow(1, [], event_shape=(), support=constraints.simplex),
         r"events of at least 1 dimensions",
     ),
-    (lambda: Flow(2, [], support=circular), r"noise on the circle.*ncsf"),
+    (lambda: Flow(2, [], support=circular), r"on the circle.*ncsf"),
     (of_matrix(constraints.lower_cholesky, torch.eye(2).expand(5, 2, 2)), r"3 constant|vary"),
     (of_matrix(constraints.lower_cholesky, -torch.eye(2).expand(5, 2, 2)), r"5 outside"),
     (of_matrix(constraints.lower_cholesky, torch.ones(5, 3)), r"\(\*batch, 2, 2\), got \(5, 3\)"),
@@ -367,3 +367,24 @@ def test_a_matrix_that_is_not_positive_definite_has_no_density():
     both = torch.stack([torch.ones(2, 2), torch.eye(2)])
     x, ladj = p.constrain.inverse_and_ladj(both)
     assert x.isnan().any(-1).tolist() == ladj.isnan().tolist() == [True, False]
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name != "circular"])
+def test_support_of_a_flow_makes_another_flow_of_the_same_support(name):
+    support, features, _ = CASES[name]
+    first = Flow(features, [], support=support).double()
+    second = Flow(features, [], support=first().support).double()
+    x = first().sample((5,))
+    assert torch.allclose(second().log_prob(x), first().log_prob(x))
+    chart = biject_to(second().support)
+    assert torch.allclose(chart(chart.inv(x)), x, atol=1e-6)
+    with pytest.raises(ValueError, match="off the support|within the support"):
+        second().log_prob(torch.full_like(x, math.nan))
+
+
+def test_data_on_a_nested_border_are_refused():
+    bounds = constraints.interval(torch.tensor([0.0, 1.0]), torch.tensor([1.0, 2.0]))
+    support = constraints.cat([bounds, constraints.real], dim=-1, lengths=[2, 1])
+    x = torch.tensor([[0.0, 1.5, 0.0], [0.5, 1.2, 1.0], [0.7, 1.7, 2.0]])
+    with pytest.raises(ValueError, match="border"):
+        Flow(3, [], support=support).standardize(x)

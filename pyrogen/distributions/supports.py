@@ -131,8 +131,6 @@ def from_reals(support: constraints.Constraint, *, keep_angles: bool = False) ->
         ) from error
     if isinstance(transform, Bijection):
         return transform
-    if transform.codomain.event_dim != support.event_dim:  # Pyro's may forget to declare it
-        return Wrapped(transform, codomain=Charted(support, Wrapped(transform)))
     return Wrapped(transform, codomain=support)
 
 
@@ -174,8 +172,11 @@ def _refuse_unmapped(support: constraints.Constraint) -> None:
 
 def _plain(support: constraints.Constraint) -> constraints.Constraint:
     """The constraint of one event, with numbers for bounds: they follow any device and dtype."""
-    while isinstance(support, constraints.independent):  # a flow sums over its event anyway
-        support = support.base_constraint
+    while isinstance(support, constraints.independent | Charted):  # a flow sums over its event
+        support = support.constraint if isinstance(support, Charted) else support.base_constraint
+    if isinstance(support, _Slices):
+        parts, lengths = zip(*support.parts, strict=True)
+        return constraints.cat(list(parts), dim=-1, lengths=list(lengths))
     bounds = {name: bound for name, bound in vars(support).items() if isinstance(bound, Tensor)}
     if not bounds:
         return support
@@ -309,10 +310,9 @@ def angles_of(support: constraints.Constraint, features: int) -> Tensor:
 def strictly_inside(support: constraints.Constraint, x: Tensor) -> Tensor:
     """Which data lie off the borders of intervals, where torch's inverse clamps: ``(data,)``."""
     support = _plain(support)
-    if isinstance(support, Charted):
-        return strictly_inside(support.constraint, x)
-    if isinstance(support, _Slices):
-        pieces = zip(support.parts, support.split(x), strict=True)
+    if isinstance(support, constraints.stack | constraints.cat):
+        parts = _parts(support)
+        pieces = zip(parts, x.split([size for _, size in parts], dim=-1), strict=True)
         inside = [strictly_inside(part, piece) for (part, _), piece in pieces]
         return torch.stack(inside).all(0)
     if isinstance(support, constraints.interval | constraints.half_open_interval):
