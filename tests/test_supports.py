@@ -378,7 +378,7 @@ def test_support_of_a_flow_makes_another_flow_of_the_same_support(name):
     assert torch.allclose(second().log_prob(x), first().log_prob(x))
     chart = biject_to(second().support)
     assert torch.allclose(chart(chart.inv(x)), x, atol=1e-6)
-    with pytest.raises(ValueError, match="off the support|within the support"):
+    with pytest.raises(ValueError, match=r"within the support"):
         second().log_prob(torch.full_like(x, math.nan))
 
 
