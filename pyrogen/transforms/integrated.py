@@ -193,4 +193,4 @@ class _Integral(Monotone):
 def _gauss_legendre(nodes: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Nodes within [0, 1] and weights that add up to 1."""
     places, weights = np.polynomial.legendre.leggauss(nodes)
-    return tuple((places + 1) / 2), tuple(weights / 2)
+    return tuple(((places + 1) / 2).tolist()), tuple((weights / 2).tolist())
