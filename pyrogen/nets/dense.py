@@ -1,22 +1,14 @@
-"""Plain torch networks."""
+"""Fully connected networks, and what stands before a network."""
 
-__all__ = [
-    "Incomplete",
-    "MaskedLinear",
-    "MaskedMLP",
-    "ResidualMLP",
-    "Standardized",
-    "TimeMLP",
-    "conv_decoder",
-    "conv_encoder",
-    "mlp",
-]
+__all__ = ["Incomplete", "ResidualMLP", "Standardized", "TimeMLP", "mlp"]
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
+
+from ..inputs import check_positive
 
 
 class Standardized(nn.Module):
@@ -106,10 +98,14 @@ def mlp(
         hidden: Widths of the hidden layers.
         activation: Makes the nonlinearity between layers.
 
+    Raises:
+        ValueError: If a hidden layer has no units.
+
     Example:
         >>> mlp(2, 3, hidden=(8,))(torch.zeros(5, 2)).shape
         torch.Size([5, 3])
     """
+    check_positive("mlp", hidden_unit=min(hidden, default=1))
     sizes = [inputs, *hidden, outputs]
     layers: list[nn.Module] = []
     for a, b in pairwise(sizes):
@@ -198,187 +194,6 @@ class _AdaptiveBlock(nn.Module):
         scale, shift = self.modulate(condition).chunk(2, dim=-1)
         inner = self.inner(self.norm(h) * (1 + scale) + shift)
         return h + self.outer(self.dropout(nn.functional.silu(inner)))
-
-
-class _Batched(nn.Module):
-    """Apply ``net``, which takes one batch dimension, over any number of them."""
-
-    def __init__(self, net: nn.Module, event_dim: int) -> None:
-        super().__init__()
-        self.net = net
-        self.event_dim = event_dim
-
-    def forward(self, x: Tensor) -> Tensor:
-        batch = x.shape[: x.ndim - self.event_dim]
-        y = self.net(x.reshape(-1, *x.shape[x.ndim - self.event_dim :]))
-        return y.reshape(*batch, *y.shape[1:])
-
-
-def _halved(image_shape: Sequence[int], times: int) -> tuple[int, int, int]:
-    channels, height, width = image_shape
-    if height % 2**times or width % 2**times:
-        raise ValueError(
-            f"{times} layers halve height and width {times} times, got an image of {height} by "
-            f"{width}. Pass fewer channels, or pad the image to multiples of {2**times}."
-        )
-    return channels, height // 2**times, width // 2**times
-
-
-def conv_encoder(
-    image_shape: Sequence[int], outputs: int, *, channels: Sequence[int] = (32, 64)
-) -> nn.Module:
-    """Build a convolutional network from images to vectors; each layer halves the image.
-
-    Args:
-        image_shape: ``(channels, height, width)``; the sizes must divide by 2 for every layer.
-        outputs: Number of outputs.
-        channels: Channels of the layers, in order.
-
-    Shape:
-        ``(*batch, channels, height, width)`` to ``(*batch, outputs)``.
-
-    Raises:
-        ValueError: If the image cannot be halved that often.
-
-    Example:
-        >>> conv_encoder((1, 8, 8), 10)(torch.zeros(3, 5, 1, 8, 8)).shape
-        torch.Size([3, 5, 10])
-    """
-    depth, height, width = _halved(image_shape, len(channels))
-    layers: list[nn.Module] = []
-    for a, b in pairwise([depth, *channels]):
-        layers += [nn.Conv2d(a, b, 3, stride=2, padding=1), nn.SiLU()]
-    layers += [nn.Flatten(), nn.Linear([depth, *channels][-1] * height * width, outputs)]
-    return _Batched(nn.Sequential(*layers), event_dim=3)
-
-
-def conv_decoder(
-    inputs: int, image_shape: Sequence[int], *, channels: Sequence[int] = (64, 32)
-) -> nn.Module:
-    """Build a convolutional network from vectors to images; each layer doubles the image.
-
-    Args:
-        inputs: Number of inputs.
-        image_shape: ``(channels, height, width)``; the sizes must divide by 2 for every layer.
-        channels: Channels of the layers, in order.
-
-    Shape:
-        ``(*batch, inputs)`` to ``(*batch, channels, height, width)``.
-
-    Raises:
-        ValueError: If the image cannot be halved that often.
-
-    Example:
-        >>> conv_decoder(10, (1, 8, 8))(torch.zeros(3, 5, 10)).shape
-        torch.Size([3, 5, 1, 8, 8])
-    """
-    depth, height, width = _halved(image_shape, len(channels))
-    first = [*channels, depth][0]
-    layers: list[nn.Module] = [nn.Linear(inputs, first * height * width)]
-    layers += [nn.Unflatten(1, (first, height, width))]
-    for a, b in pairwise([*channels, depth]):
-        layers += [nn.SiLU(), nn.ConvTranspose2d(a, b, 4, stride=2, padding=1)]
-    return _Batched(nn.Sequential(*layers), event_dim=1)
-
-
-class MaskedLinear(nn.Linear):
-    """Linear layer of which only the entries allowed by a mask act.
-
-    Args:
-        mask: What each output may see, boolean, shape ``(outputs, inputs)``.
-
-    Example:
-        >>> layer = MaskedLinear(torch.tensor([[True, False]]))
-        >>> layer(torch.tensor([0.0, 1.0])) == layer.bias
-        tensor([True])
-    """
-
-    mask: Tensor
-
-    def __init__(self, mask: Tensor) -> None:
-        super().__init__(mask.shape[1], mask.shape[0])
-        self.register_buffer("mask", mask)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, self.weight * self.mask, self.bias)
-
-
-class MaskedMLP(nn.Sequential):
-    """Fully connected network whose outputs for a feature see chosen features only.
-
-    Its input is ``x`` followed by the context, shape ``(*batch, features + context)``; its
-    result has shape ``(*batch, features * outputs)``, feature by feature. Every output sees
-    all of the context. A hidden unit sees what some feature's outputs may see, and serves
-    all features that may see at least as much.
-
-    Args:
-        adjacency: What the outputs for each feature may see, boolean, shape
-            ``(features, features)``; strictly lower triangular for the features before it.
-        outputs: Number of outputs for each feature.
-        context: Number of features to condition on; 0 for none.
-        hidden: Widths of the hidden layers; a layer has at least a unit for each set of features
-            that is seen, which for an order is as many as there are features.
-
-    References:
-        Germain, Gregor, Murray, Larochelle. MADE: Masked Autoencoder for Distribution
-        Estimation. ICML 2015. arXiv:1502.03509
-
-    Example:
-        >>> net = MaskedMLP(torch.ones(3, 3).tril(-1).bool(), 2)
-        >>> jacobian = torch.autograd.functional.jacobian(net, torch.zeros(3))
-        >>> jacobian[:2].abs().sum(), jacobian[:, 2].abs().sum()  # of feature 0; by feature 2
-        (tensor(0.), tensor(0.))
-    """
-
-    def __init__(
-        self,
-        adjacency: Tensor,
-        outputs: int,
-        context: int = 0,
-        *,
-        hidden: Sequence[int] = (64, 64),
-    ) -> None:
-        kinds = adjacency.unique(dim=0)
-        kinds = kinds[kinds.sum(1).argsort(stable=True)]
-        if not context and len(kinds) > 1:
-            kinds = kinds[kinds.any(1)]  # units that see nothing are constants
-        layers: list[nn.Module] = []
-        below = torch.eye(adjacency.shape[1], dtype=torch.bool)  # what each unit below has seen
-        free = context  # inputs that everything may see
-        for width in hidden:
-            width = max(width, len(kinds))  # a kind without a unit would lose what it may see
-            units = kinds[torch.arange(width) * len(kinds) // width]
-            layers += [MaskedLinear(_may_see(units, below, free)), nn.SiLU()]
-            below, free = units, 0
-        rows = adjacency.repeat_interleave(outputs, dim=0)
-        super().__init__(*layers, MaskedLinear(_may_see(rows, below, free)))
-        self.outputs = outputs
-
-    def outputs_for(self, features: Tensor, x: Tensor) -> Tensor:
-        """Return the outputs for some features only, in their order.
-
-        Args:
-            features: Indices of the features, shape ``(chosen,)``.
-            x: As for the whole network.
-
-        Shape:
-            Result ``(*batch, chosen * outputs)``.
-        """
-        *hidden, last = self
-        for layer in hidden:
-            x = layer(x)
-        assert isinstance(last, MaskedLinear)
-        weight, mask, bias = (
-            w.unflatten(0, (-1, self.outputs))[features].flatten(0, 1)
-            for w in (last.weight, last.mask, last.bias)
-        )
-        return nn.functional.linear(x, weight * mask, bias)
-
-
-def _may_see(units: Tensor, below: Tensor, free: int) -> Tensor:
-    """Whether each unit may see each unit below: if that has seen nothing that it must not."""
-    forbidden = below.float() @ (~units).float().T
-    return torch.cat([forbidden.T == 0, forbidden.new_ones(len(units), free) > 0], dim=1)
 
 
 class TimeMLP(nn.Module):
