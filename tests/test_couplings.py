@@ -1,4 +1,4 @@
-"""Pairings against brute force, a linear program's dual, and closed forms of Gaussian bridges."""
+"""Couplings against brute force, a linear program's dual, and closed forms of Gaussian bridges."""
 
 import itertools
 import math
@@ -8,14 +8,14 @@ import pytest
 import torch
 from scipy.optimize import linear_sum_assignment
 
-from pyrogen.objectives.matching import Independent, OptimalTransport, SchroedingerBridge
+from pyrogen.objectives.matching import IndependentCoupling, OptimalTransport, SchroedingerBridge
 from pyrogen.objectives.matching.couplings import sinkhorn
 
-PAIRINGS = [Independent(), OptimalTransport(block=16), SchroedingerBridge(0.7, block=16)]
+COUPLINGS = [IndependentCoupling(), OptimalTransport(block=16), SchroedingerBridge(0.7, block=16)]
 
 
-def name(pairing):
-    return type(pairing).__name__
+def name(coupling):
+    return type(coupling).__name__
 
 
 def length(x, z):
@@ -58,11 +58,11 @@ def test_every_draw_of_noise_is_used_once_and_in_its_block(n):
     assert torch.equal(index // 16, torch.arange(n) // 16)
 
 
-@pytest.mark.parametrize("pairing", PAIRINGS, ids=name)
+@pytest.mark.parametrize("coupling", COUPLINGS, ids=name)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_noise_keeps_its_rows_and_its_dtype(pairing, dtype):
+def test_noise_keeps_its_rows_and_its_dtype(coupling, dtype):
     x, z = torch.randn(40, 3, dtype=dtype), torch.randn(40, 3, dtype=dtype)
-    paired = pairing(x, z, torch.randn(40, 2, dtype=dtype))
+    paired = coupling(x, z, torch.randn(40, 2, dtype=dtype))
     assert paired.dtype == dtype
     assert (paired.unsqueeze(1) == z).all(-1).any(-1).all()
 
@@ -138,10 +138,10 @@ def test_plan_of_gaussians_has_the_covariance_in_closed_form():
 
 def test_draws_follow_the_plan():
     x, z = torch.tensor([[0.0], [1.0]]), torch.tensor([[0.2], [0.9]])
-    pairing = SchroedingerBridge(0.8, block=2)
+    coupling = SchroedingerBridge(0.8, block=2)
     plan = sinkhorn(torch.cdist(x, z).square(), 2 * 0.8**2).exp()
     n = 20_000
-    first = pairing(x.repeat(n, 1), z.repeat(n, 1), None)[::2, 0] == z[0, 0]
+    first = coupling(x.repeat(n, 1), z.repeat(n, 1), None)[::2, 0] == z[0, 0]
     p = (2 * plan[0, 0]).item()
     assert abs(first.float().mean().item() - p) < 4.5 * math.sqrt(p * (1 - p) / n)
 

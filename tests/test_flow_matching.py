@@ -15,7 +15,7 @@ from pyrogen.objectives.continuous import RegularizedLikelihood
 from pyrogen.objectives.matching import (
     Bridge,
     FlowMatching,
-    Independent,
+    IndependentCoupling,
     OptimalTransport,
     SchroedingerBridge,
     Stochastic,
@@ -243,8 +243,8 @@ def test_contexts_stay_with_their_data():
 
     flow = Flow(1, [Continuous(Record(), 1, 1)], 1)
     c = torch.randn(40, 1)
-    pairing = OptimalTransport(context_weight=0.0)
-    FlowMatching(flow, coupling=pairing)(10 * c, c, noise=torch.zeros(40, 1))
+    coupling = OptimalTransport(context_weight=0.0)
+    FlowMatching(flow, coupling=coupling)(10 * c, c, noise=torch.zeros(40, 1))
     x_t, t, context = seen[0]
     assert torch.allclose(x_t, (1 - t.unsqueeze(-1)) * 10 * context, atol=1e-5)
 
@@ -257,23 +257,23 @@ def test_objective_keeps_every_law(check, context):
 
 
 def test_precision_is_that_of_the_flow():
-    for pairing in (Independent(), OptimalTransport(), SchroedingerBridge()):
-        objective = FlowMatching(cnf(2).double(), coupling=pairing)
+    for coupling in (IndependentCoupling(), OptimalTransport(), SchroedingerBridge()):
+        objective = FlowMatching(cnf(2).double(), coupling=coupling)
         assert objective(torch.randn(20, 2).double()).dtype == torch.float64
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("pairing", "interpolant"),
+    ("coupling", "interpolant"),
     [
-        (Independent(), Straight()),
+        (IndependentCoupling(), Straight()),
         (OptimalTransport(), Straight()),
         (OptimalTransport(), Bridge(0.1)),
-        (Independent(), Stochastic(gamma=0.2)),
+        (IndependentCoupling(), Stochastic(gamma=0.2)),
     ],
     ids=lambda v: type(v).__name__,
 )
-def test_conditional_density_is_learned(pairing, interpolant):
+def test_conditional_density_is_learned(coupling, interpolant):
     """x = c + N(0, 0.5^2), two-sided: the mean log-density comes near minus the entropy."""
 
     def draw(n):
@@ -283,7 +283,7 @@ def test_conditional_density_is_learned(pairing, interpolant):
 
     x, c = draw(20_000)
     flow = cnf(1, 1, hidden=(64, 64)).standardize(x)
-    objective = FlowMatching(flow, coupling=pairing, interpolant=interpolant)
+    objective = FlowMatching(flow, coupling=coupling, interpolant=interpolant)
     optimizer = torch.optim.Adam(flow.parameters(), 4e-3)
     steps = 1500
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)

@@ -31,9 +31,9 @@ from pyrogen.distributions.recipes.continuous import cnf
 from pyrogen.objectives.matching import (
     Bridge,
     FlowMatching,
-    Independent,
+    IndependentCoupling,
+    MinibatchCoupling,
     OptimalTransport,
-    Pairing,
     SchroedingerBridge,
     Stochastic,
     Straight,
@@ -44,8 +44,8 @@ from pyrogen.transforms.ode import Euler
 
 POINTS, BATCH = 10_000, 512
 
-METHODS: dict[str, tuple[Pairing, Interpolant]] = {
-    "I-CFM": (Independent(), Straight()),
+METHODS: dict[str, tuple[MinibatchCoupling, Interpolant]] = {
+    "I-CFM": (IndependentCoupling(), Straight()),
     "OT-CFM": (OptimalTransport(), Straight()),
     "OT-CFM, one block": (OptimalTransport(block=BATCH), Straight()),
     "[SF]2M-Exact": (OptimalTransport(), Bridge(0.1)),
@@ -98,16 +98,16 @@ TASKS: dict[str, tuple[Callable[[int], Tensor], Callable[[int], Tensor]]] = {
 }
 
 
-class Timed(Pairing):
-    """A pairing that adds up the CPU time it takes."""
+class Timed(MinibatchCoupling):
+    """A coupling that adds up the CPU time it takes."""
 
-    def __init__(self, pairing: Pairing) -> None:
-        self.pairing = pairing
+    def __init__(self, coupling: MinibatchCoupling) -> None:
+        self.coupling = coupling
         self.seconds = 0.0
 
     def __call__(self, x: Tensor, z: Tensor, context: Tensor | None) -> Tensor:
         start = time.process_time()
-        paired = self.pairing(x, z, context)
+        paired = self.coupling(x, z, context)
         self.seconds += time.process_time() - start
         return paired
 
@@ -129,8 +129,8 @@ class Row:
 def run(task: str, method: str, seed: int, c: argparse.Namespace) -> Row:
     torch.manual_seed(seed)
     source, target = TASKS[task]
-    pairing, interpolant = METHODS[method]
-    timed = Timed(pairing)
+    coupling, interpolant = METHODS[method]
+    timed = Timed(coupling)
     flow = cnf(2, hidden=(64, 64, 64), activation=nn.SELU, solver=Euler(c.euler))
     objective = FlowMatching(flow, coupling=timed, interpolant=interpolant)
     optimizer = torch.optim.AdamW(flow.parameters(), 1e-3, weight_decay=1e-5)

@@ -3,16 +3,16 @@
 __all__ = [
     "Bridge",
     "FlowMatching",
-    "Independent",
+    "IndependentCoupling",
     "Interpolant",
+    "MinibatchCoupling",
     "OptimalTransport",
-    "Pairing",
     "SchroedingerBridge",
     "Stochastic",
     "Straight",
     "Trigonometric",
 ]
 
-from .couplings import Independent, OptimalTransport, Pairing, SchroedingerBridge
+from .couplings import IndependentCoupling, MinibatchCoupling, OptimalTransport, SchroedingerBridge
 from .flow_matching import FlowMatching
 from .interpolants import Bridge, Interpolant, Stochastic, Straight, Trigonometric

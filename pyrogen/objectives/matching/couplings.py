@@ -1,11 +1,11 @@
 """Which draw of noise goes with which datum: the shorter the paths, the straighter the flow.
 
-The data keep their places, and so their contexts; the noise is given out anew. A pairing changes
+The data keep their places, and so their contexts; the noise is given out anew. A coupling changes
 the path between the laws, not the laws themselves: that of the noise must stay what it was, also
 for every context alone.
 """
 
-__all__ = ["Independent", "OptimalTransport", "Pairing", "SchroedingerBridge"]
+__all__ = ["IndependentCoupling", "MinibatchCoupling", "OptimalTransport", "SchroedingerBridge"]
 
 import math
 from abc import ABC, abstractmethod
@@ -18,8 +18,8 @@ CONTEXT_WEIGHT = 100.0
 Pair = tuple[Tensor, Tensor]
 
 
-class Pairing(ABC):
-    """How to pair data and noise."""
+class MinibatchCoupling(ABC):
+    """How the data and the noise of a batch are paired."""
 
     @abstractmethod
     def __call__(self, x: Tensor, z: Tensor, context: Tensor | None) -> Tensor:
@@ -33,12 +33,12 @@ class Pairing(ABC):
 
 
 @dataclass(frozen=True)
-class Independent(Pairing):
+class IndependentCoupling(MinibatchCoupling):
     """As they come: each datum with a draw of its own.
 
     Example:
         >>> x, z = torch.randn(5, 2), torch.randn(5, 2)
-        >>> Independent()(x, z, None) is z
+        >>> IndependentCoupling()(x, z, None) is z
         True
     """
 
@@ -74,7 +74,7 @@ def _check(owner: object, block: int, weight: float) -> None:
 
 
 @dataclass(frozen=True)
-class OptimalTransport(Pairing):
+class OptimalTransport(MinibatchCoupling):
     r"""The permutation of the noise that makes the sum of squared lengths least, block by block.
 
     .. math:: \min_\pi \sum_i |x_i - z_{\pi(i)}|^2 + w\,|c_i - c_{\pi(i)}|^2
@@ -153,7 +153,7 @@ def _easy_costs(x: Tensor, z: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class SchroedingerBridge(Pairing):
+class SchroedingerBridge(MinibatchCoupling):
     r"""Pairs drawn from the entropic plan: the ends of a Schrödinger bridge.
 
     The plan minimises, within each block,

@@ -10,7 +10,7 @@ from ...inputs import check_batch
 from ...transforms.base import Composed
 from ...transforms.continuous import Continuous
 from ..likelihood import check_law, check_support
-from .couplings import Independent, Pairing
+from .couplings import IndependentCoupling, MinibatchCoupling
 from .interpolants import Interpolant, Straight
 
 
@@ -21,12 +21,12 @@ class FlowMatching(nn.Module):
 
     in standardised units, with t uniform. Up to a constant it is the error against the mean
     velocity at :math:`x_t`, whose flow carries the noise to the data, so the minimiser is exact
-    whatever the pairing and the path. The flow then has its exact density, as always. In no unit;
+    whatever the coupling and the path. The flow then has its exact density, as always. In no unit;
     it does not fall to zero, for paths cross.
 
     Times are stratified over the batch: one in each of its equal parts.
 
-    Cost: one call of the field per datum, and the pairing.
+    Cost: one call of the field per datum, and the coupling.
 
     Args:
         flow: A flow of one :class:`~pyrogen.transforms.Continuous` layer.
@@ -59,7 +59,7 @@ class FlowMatching(nn.Module):
         self,
         flow: Flow,
         *,
-        coupling: Pairing | None = None,
+        coupling: MinibatchCoupling | None = None,
         interpolant: Interpolant | None = None,
     ) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ class FlowMatching(nn.Module):
                 "other layers use MaximumLikelihood."
             )
         self.flow = flow
-        self.coupling = Independent() if coupling is None else coupling
+        self.coupling = IndependentCoupling() if coupling is None else coupling
         self.interpolant = Straight() if interpolant is None else interpolant
 
     def forward(
