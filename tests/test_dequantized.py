@@ -165,6 +165,15 @@ def test_support_is_the_floor_of_the_flows():
     assert support(constraints.real) is dist.constraints.integer
 
 
+def test_support_of_each_number_follows_its_own_bounds():
+    low, high = torch.tensor([-0.5, 0.0]), torch.tensor([3.0, 8.5])
+    p = Quantized(dist.Uniform(low, high).to_event(1))
+    k = torch.tensor([[-1.0, 0.0], [2.0, 8.0], [3.0, 8.0], [2.0, 9.0], [-1.0, -1.0]])
+    assert p.support.check(k).tolist() == [True, True, False, False, False]
+    assert p.support.check(p.sample((100,))).all()
+    assert Quantized(dist.Gamma(2.0, 1.0)).support is constraints.nonnegative_integer
+
+
 @pytest.mark.parametrize("check", DISTRIBUTION_CHECKS, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("context", [0, 3])
 def test_law_is_a_distribution(check, context):
@@ -259,6 +268,22 @@ def test_standardize_sets_both():
     assert torch.allclose(module.dequantizer.scale, k.std())
 
 
+@pytest.mark.parametrize("k", [torch.full((5, 2), 3.0), torch.zeros(1)], ids=["five", "one"])
+def test_numbers_that_never_vary_keep_their_unit(k):
+    proposal = learned().float().standardize(k)
+    assert (proposal.shift.item(), proposal.scale.item()) == (k.mean().item(), 1.0)
+    u, log_prob = proposal(torch.full((5, 2), 3.0), None, 3)
+    assert u.isfinite().all()
+    assert log_prob.isfinite().all()
+
+
+def test_fractions_may_be_of_any_interval_from_0_to_1():
+    each = constraints.interval(torch.zeros(2), torch.ones(2))
+    half_open = constraints.half_open_interval(0.0, 1.0)
+    for support in (each, half_open, constraints.independent(UNIT, 1)):
+        VariationalDequantizer(realnvp(2, 2, support=support))
+
+
 def law():
     return Dequantized(sharp())()
 
@@ -272,6 +297,8 @@ ERRORS = [
     (lambda: law().bound(HALF.long()), TypeError, r"floating-point"),
     (lambda: law().bound(torch.zeros(3).double()), ValueError, r"\(\*batch, 2\)"),
     (lambda: VariationalDequantizer(nsf(2, 2)), ValueError, r"of fractions, got one on Real"),
+    (lambda: learned().standardize(HALF), ValueError, r"whole numbers, got fractions"),
+    (lambda: learned().standardize(HALF.long()), TypeError, r"floating-point"),
     (
         lambda: Dequantization(Dequantized(sharp()), particles=0),
         ValueError,

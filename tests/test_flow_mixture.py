@@ -15,6 +15,7 @@ from torch.distributions import constraints
 
 from pyrogen.distributions import Flow, nsf, realnvp
 from pyrogen.distributions.mixture import FlowMixture, Mixture
+from pyrogen.distributions.supports import agree, from_reals
 from pyrogen.objectives import MaximumLikelihood
 from pyrogen.testing import DISTRIBUTION_CHECKS, MODULE_CHECKS
 from pyrogen.training import Trainer
@@ -109,6 +110,27 @@ def test_supports_are_kept():
     assert mixture().support.check(mixture().sample((50,))).all()
     simplices = FlowMixture([nsf(2, support=constraints.simplex) for _ in range(2)])
     assert simplices().event_shape == (3,)
+
+
+def test_supports_agree_whoever_states_them():
+    charted = from_reals(constraints.lower_cholesky).codomain
+    assert agree(charted, constraints.lower_cholesky)
+    assert agree(constraints.lower_cholesky, charted)
+    assert not agree(charted, constraints.positive_definite)
+    zeros = torch.zeros
+    assert agree(constraints.interval(0.0, 1.0), constraints.interval(zeros(2), torch.ones(2)))
+    assert not agree(constraints.interval(zeros(2), 1.0), constraints.interval(zeros(3), 1.0))
+
+
+@pytest.mark.filterwarnings("ignore:Singular sample")  # torch's own, whatever the sample
+def test_flow_mixes_with_a_law_of_pyro_on_its_support():
+    flow = nsf(3, support=constraints.positive_definite)
+    wishart = dist.Wishart(torch.tensor(3.0), torch.eye(2))
+    for parts in ([flow(), wishart], [wishart, flow()]):
+        p = Mixture(torch.zeros(2), parts)
+        x = p.sample((5,))
+        each = torch.stack([part.log_prob(x) for part in parts])
+        assert torch.allclose(p.log_prob(x), each.logsumexp(0) - math.log(2), atol=1e-4)
 
 
 def test_mixture_is_a_prior_and_a_likelihood():

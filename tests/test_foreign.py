@@ -160,6 +160,14 @@ def test_right_second_derivatives_pass():
     assert torch.allclose(hessian, expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("around", [torch.no_grad(), torch.device("meta")], ids=["grad", "device"])
+def test_derivatives_are_compared_wherever_the_flow_is_built(around):
+    flow, quadrature = Double(), Double(cube=Cubed.apply)
+    with around:
+        assert ZukoFlow(flow).twice == (False, True)  # its inverse is polished once
+        assert ZukoFlow(quadrature).twice == (False, False)
+
+
 def test_wrong_second_derivatives_are_refused():
     flow = ZukoFlow(Double(cube=Cubed.apply).double())
     assert flow.twice == (False, False)

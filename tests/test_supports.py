@@ -319,7 +319,8 @@ ERRORS = [
     (lambda: from_reals(dist.Uniform.support), r"depends on\s+parameters.*instance"),
     (lambda: from_reals(dist.Poisson(1.0).support), r"reals map onto.*add uniform noise"),
     (lambda: from_reals(dist.Categorical(torch.ones(3)).support), r"reals map onto"),
-    (lambda: from_reals(constraints.positive_semidefinite), r"reals map onto"),
+    (lambda: from_reals(constraints.positive_semidefinite), r"reals map onto.*by torch.*biject"),
+    (lambda: from_reals(constraints.one_hot), r"reals map onto.*add uniform noise"),
     (lambda: from_reals(constraints.stack([constraints.real], dim=0)), r"dim=0. Pass dim=-1"),
     (
         lambda: from_reals(constraints.stack([constraints.simplex], dim=-1)),
@@ -357,6 +358,20 @@ ERRORS = [
 def test_refusals_say_what_to_do(call, match):
     with pytest.raises(ValueError, match=match):
         call()
+
+
+def test_large_correlations_are_kept_by_their_factor_and_in_double_precision():
+    x = torch.randn(200, 120)  # 16 rows
+    matrix = from_reals(constraints.corr_matrix)
+    exact = matrix(x.double())
+    assert torch.linalg.cholesky_ex(exact).info.eq(0).all()
+    rounded = torch.linalg.cholesky_ex(exact.float().double())
+    assert rounded.info.gt(0).float().mean() > 0.2  # whatever computes them
+    assert (matrix.inv(exact) - x).abs().amax(-1).median() < 1e-6
+    factor = from_reals(constraints.corr_cholesky)
+    y = factor(x)
+    assert constraints.corr_cholesky.check(y).all()
+    assert (factor.inv(y) - x).abs().max() < 1e-3
 
 
 def test_a_matrix_that_is_not_positive_definite_has_no_density():

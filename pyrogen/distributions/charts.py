@@ -179,7 +179,12 @@ class PositiveDefinite(_Gram):
 
 
 class CorrelationMatrix(_Gram):
-    """From real vectors onto correlation matrices."""
+    """From real vectors onto correlation matrices.
+
+    With many rows they are nearly singular. Of those that standard normal numbers give, a tenth at
+    12 rows and nine tenths at 20 are no longer positive definite once their entries, however well
+    computed, are rounded to single precision. :class:`Correlation` keeps what they lose.
+    """
 
     codomain = constraints.corr_matrix
     root = Correlation()

@@ -20,6 +20,7 @@ from torch import Size, Tensor, nn
 from ..inputs import check_batch
 from .base import LikelihoodFree
 from .flow import Flow
+from .supports import agree
 
 
 class Dequantizer(nn.Module, ABC):
@@ -88,8 +89,8 @@ class VariationalDequantizer(Dequantizer):
 
     def __init__(self, flow: Flow) -> None:
         super().__init__()
-        bounds = vars(flow.support)
-        if (bounds.get("lower_bound"), bounds.get("upper_bound")) != (0.0, 1.0):
+        each = _of_each(flow.support)
+        if not (agree(each, constraints.unit_interval) or agree(each, HALF_OPEN)):
             raise ValueError(
                 "VariationalDequantizer expected a flow of fractions, got one on "
                 f"{flow.support}. Build it with support=constraints.unit_interval."
@@ -108,12 +109,27 @@ class VariationalDequantizer(Dequantizer):
 
     @torch.no_grad()
     def standardize(self, k: Tensor) -> Self:
-        """Let the flow see the numbers with mean 0 and standard deviation 1, over all of them."""
+        """Let the flow see the numbers with mean 0 and standard deviation 1, over all of them.
+
+        Numbers that are all the same keep their unit.
+
+        Args:
+            k: Whole numbers of a floating dtype, of any shape.
+
+        Returns:
+            The proposal itself.
+
+        Raises:
+            TypeError: If the numbers are not of floating point.
+            ValueError: If they are not whole, or there are none.
+        """
+        _check_whole(k, ())
         self.shift.copy_(k.mean())
-        self.scale.copy_(k.std())
+        self.scale.copy_(k.std() if k.amin() < k.amax() else torch.ones(()))
         return self
 
 
+HALF_OPEN = constraints.half_open_interval(0.0, 1.0)
 UNIFORM = UniformDequantizer()  # it has no state
 
 
@@ -326,13 +342,20 @@ def _check_whole(k: Tensor, event_shape: Sequence[int]) -> None:
         )
 
 
-def _floor_of(support: Any, event_dim: int) -> constraints.Constraint:
+def _of_each(support: Any) -> Any:
+    """The constraint of one number, of a constraint of many alike."""
     while isinstance(support, constraints.independent):
         support = support.base_constraint
+    return support
+
+
+def _floor_of(support: Any, event_dim: int) -> constraints.Constraint:
+    support = _of_each(support)
     whole: constraints.Constraint = constraints.integer
     if isinstance(support, constraints.interval | constraints.half_open_interval):
-        low, high = math.floor(support.lower_bound), math.ceil(support.upper_bound)
-        whole = constraints.integer_interval(low, high - 1)
-    elif isinstance(support, type(constraints.positive)) and support.lower_bound == 0:
+        low, high = map(torch.as_tensor, (support.lower_bound, support.upper_bound))
+        whole = constraints.integer_interval(low.floor(), high.ceil() - 1)
+    half_line = isinstance(support, constraints.greater_than | constraints.greater_than_eq)
+    if half_line and agree(support.lower_bound, 0):
         whole = constraints.nonnegative_integer
     return constraints.independent(whole, event_dim) if event_dim else whole

@@ -32,7 +32,8 @@ class Flow(nn.Module):
         support: Where draws lie: a constraint for each feature, such as ``positive``,
             ``unit_interval`` or ``interval(a, b)``, or for all, such as ``simplex`` or
             ``corr_cholesky``; several side by side by ``stack([...], dim=-1)`` or
-            ``cat([...], dim=-1, lengths=[...])``; or the ``support`` of a distribution.
+            ``cat([...], dim=-1, lengths=[...])``; or the ``support`` of a distribution. Large
+            correlation matrices need double precision, or ``corr_cholesky``.
         noise: Module whose call gives the law of the noise, of event shape ``(features,)``;
             standard normal if None.
         event_shape: Shape of what the layers give, if they do not keep ``(features,)``.

@@ -233,11 +233,10 @@ def _as_pyro(base: Any) -> dist.TorchDistribution:
 
 
 def _second_derivatives_hold(flow: Any, context: int) -> tuple[bool, bool]:
-    """Whether derivatives of derivatives are right from noise to data, and back."""
-    flow = copy.deepcopy(flow).double()
-    c = torch.linspace(-0.5, 0.5, context, dtype=torch.float64) if context else None
-    size = flow.base(c).event_shape[-1]
-    point = torch.linspace(-0.73, 0.61, size, dtype=torch.float64)
+    """Whether derivatives of derivatives are right from noise to data, and back.
+
+    Asked of a copy on the CPU, wherever the flow lives and whatever the caller has set.
+    """
 
     def to_noise(y: Tensor) -> tuple[Tensor, Tensor]:
         return flow.transform(c).call_and_ladj(y)
@@ -246,7 +245,12 @@ def _second_derivatives_hold(flow: Any, context: int) -> tuple[bool, bool]:
         y = flow.transform(c).inv(x)
         return y, -flow.transform(c).call_and_ladj(y)[1]
 
-    return _curvature_holds(to_data, point), _curvature_holds(to_noise, point)
+    with torch.enable_grad(), torch.device("cpu"):
+        flow = copy.deepcopy(flow).cpu().double()
+        c = torch.linspace(-0.5, 0.5, context, dtype=torch.float64) if context else None
+        size = flow.base(c).event_shape[-1]
+        point = torch.linspace(-0.73, 0.61, size, dtype=torch.float64)
+        return _curvature_holds(to_data, point), _curvature_holds(to_noise, point)
 
 
 def _curvature_holds(f: Map, x: Tensor) -> bool:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from pyro.distributions import TorchDistribution, constraints
 from torch import Size, Tensor, nn
 
+from ..inputs import check_positive
 from .supports import Charted, circular, from_reals
 
 
@@ -30,7 +31,8 @@ class StudentTNoise(nn.Module):
         floor: Degrees of freedom stay above it; above 1 the noise has a mean, above 2 a variance.
 
     Raises:
-        ValueError: If there are no features, or ``df`` is not above ``floor``.
+        ValueError: If there are no features, ``floor`` is negative, or ``df`` does not fit or is
+            not above it.
 
     References:
         Jaini, Kobyzev, Yu, Brubaker. Tails of Lipschitz Triangular Flows. ICML 2020.
@@ -51,13 +53,24 @@ class StudentTNoise(nn.Module):
         self, features: int, *, df: float | Sequence[float] = 5.0, floor: float = 1.0
     ) -> None:
         super().__init__()
-        _check_features(features, owner="StudentTNoise")
-        start = torch.as_tensor(df, dtype=torch.get_default_dtype()).expand(features)
-        if not floor >= 0 or not (start > floor).all() or not start.isfinite().all():
+        check_positive("StudentTNoise", feature=features)
+        if not 0 <= floor < math.inf:
+            raise ValueError(
+                f"StudentTNoise expected a finite floor of at least 0, got {floor}. Take 1 for "
+                "noise that has a mean, 2 for a variance."
+            )
+        start = torch.as_tensor(df, dtype=torch.get_default_dtype())
+        if start.shape not in ((), (features,)):
+            raise ValueError(
+                f"StudentTNoise expected degrees of freedom for all features or for each of "
+                f"{features}, got shape {tuple(start.shape)}. Pass one number, or {features}."
+            )
+        if not ((start > floor) & start.isfinite()).all():
             raise ValueError(
                 f"StudentTNoise expected finite degrees of freedom above {floor}, got {df}. Raise "
-                "df, or lower floor; both are positive."
+                "df or lower floor; for normal tails leave the noise of the flow as it is."
             )
+        start = start.expand(features)
         self.floor = floor
         above = start - floor
         self.rho = nn.Parameter(above + (-torch.expm1(-above)).log())  # the inverse of softplus
@@ -82,7 +95,7 @@ class UniformNoise(nn.Module):
         high: Upper end of every feature.
 
     Raises:
-        ValueError: If there are no features, or ``low`` is not below ``high``.
+        ValueError: If there are no features, ``low`` is not below ``high``, or one is infinite.
 
     Example:
         >>> UniformNoise(2, low=0.0)().log_prob(torch.tensor([1.0, 0.5]))
@@ -93,10 +106,11 @@ class UniformNoise(nn.Module):
 
     def __init__(self, features: int, *, low: float = -1.0, high: float = 1.0) -> None:
         super().__init__()
-        _check_features(features, owner="UniformNoise")
+        check_positive("UniformNoise", feature=features)
         if not -math.inf < low < high < math.inf:
             raise ValueError(
-                f"UniformNoise expected finite low < high, got {low} and {high}. Swap them."
+                f"UniformNoise expected finite low < high, got {low} and {high}. Pass the ends of "
+                "the box that the layers keep."
             )
         self.low = low
         self.high = high
@@ -115,7 +129,7 @@ class CircularNoise(nn.Module):
         angles: Whether each feature is an angle.
 
     Raises:
-        ValueError: If there are no features.
+        ValueError: If there are no features, or the flags are not in a row.
 
     Example:
         >>> CircularNoise([True, True])().log_prob(torch.zeros(2))  # -2 log(2 pi)
@@ -127,8 +141,13 @@ class CircularNoise(nn.Module):
 
     def __init__(self, angles: Sequence[bool] | Tensor) -> None:
         super().__init__()
-        _check_features(len(angles), owner="CircularNoise")
         angles = torch.as_tensor(angles, dtype=torch.bool)
+        if angles.ndim != 1:
+            raise ValueError(
+                f"CircularNoise expected a flag for each feature, got shape {tuple(angles.shape)}."
+                " Pass a list such as [True, False]."
+            )
+        check_positive("CircularNoise", feature=len(angles))
         each = [circular if angle else constraints.real for angle in angles.tolist()]
         support = constraints.stack(each, dim=-1)
         # A site of this noise keeps its angles; a sampler on the reals gets the cut circle.
@@ -165,7 +184,7 @@ class MixtureNoise(nn.Module):
 
     def __init__(self, features: int, *, components: int = 8) -> None:
         super().__init__()
-        _check_features(features, owner="MixtureNoise")
+        check_positive("MixtureNoise", feature=features)
         if components < 2:
             raise ValueError(
                 f"MixtureNoise expected at least 2 components, got {components}. For one, leave "
@@ -223,8 +242,3 @@ class _Box(TorchDistribution):
         normal = -0.5 * value.square() - 0.5 * math.log(2 * math.pi)
         each = torch.where(self.uniform, flat.masked_fill(~inside, -math.inf), normal)
         return each.sum(-1).expand(torch.broadcast_shapes(each.shape[:-1], self.batch_shape))
-
-
-def _check_features(features: int, *, owner: str) -> None:
-    if features < 1:
-        raise ValueError(f"{owner} expected at least 1 feature, got {features}.")

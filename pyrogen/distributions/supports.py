@@ -90,7 +90,9 @@ def from_reals(support: constraints.Constraint, *, keep_angles: bool = False) ->
 
     Simplices and matrices come from vectors. Their densities are those of the free coordinates:
     all probabilities but the last, the entries below the diagonal, and the diagonal where it is
-    free. Pyro's ``Dirichlet``, ``LKJCholesky``, ``LKJ`` and ``Wishart`` use the same.
+    free. Pyro's ``Dirichlet``, ``LKJCholesky``, ``LKJ`` and ``Wishart`` use the same. Correlation
+    matrices of ten rows or more need double precision, or ``corr_cholesky``: rounded to single
+    precision, those that are nearly singular are no longer positive definite.
 
     Args:
         support: Constraint, such as ``positive``, ``interval(a, b)``, ``simplex``, ``circular``,
@@ -100,6 +102,7 @@ def from_reals(support: constraints.Constraint, *, keep_angles: bool = False) ->
             itself; otherwise they come from a line, and the circle is cut at pi.
 
     Raises:
+        TypeError: If the support is no constraint.
         ValueError: If the support is discrete, has bounds that are not known yet, or is no image
             of the reals.
 
@@ -109,6 +112,11 @@ def from_reals(support: constraints.Constraint, *, keep_angles: bool = False) ->
         >>> from_reals(mixed)(torch.zeros(2))
         tensor([0., 1.])
     """
+    if not isinstance(support, constraints.Constraint):
+        raise TypeError(
+            f"Flow expected a constraint for its support, got {support!r}. Pass one of "
+            "torch.distributions.constraints, such as constraints.positive."
+        )
     support = _plain(support)
     if isinstance(support, constraints.stack | constraints.cat):
         parts = _parts(support)
@@ -125,9 +133,14 @@ def from_reals(support: constraints.Constraint, *, keep_angles: bool = False) ->
     try:
         transform = biject_to(support)
     except NotImplementedError as error:
+        advice = (
+            "A flow is a density: for integers, add uniform noise in [0, 1) and use "
+            "interval(low, high)."
+            if support.is_discrete
+            else "Where there is such a map, register it by torch.distributions.biject_to."
+        )
         raise ValueError(
-            f"Flow expected a support that the reals map onto, got {support}. A flow is a "
-            "density: for integers, add uniform noise in [0, 1) and use interval(low, high)."
+            f"Flow expected a support that the reals map onto, got {support}. {advice}"
         ) from error
     if isinstance(transform, Bijection):
         return transform
@@ -327,10 +340,14 @@ def agree(one: Any, other: Any) -> bool:
         return True
     if isinstance(one, list | tuple):
         return len(one) == len(other) and all(map(agree, one, other))
-    if isinstance(one, Charted) and isinstance(other, Charted):
-        return agree(one.constraint, other.constraint)
+    if isinstance(one, Charted):
+        return agree(one.constraint, other)
+    if isinstance(other, Charted):
+        return agree(one, other.constraint)
     if isinstance(one, Tensor) or isinstance(other, Tensor):
-        return bool(torch.as_tensor(one == other).all())
+        one, other = torch.as_tensor(one), torch.as_tensor(other)
+        sizes = zip(reversed(one.shape), reversed(other.shape), strict=False)
+        return all(a == b or 1 in (a, b) for a, b in sizes) and bool((one == other).all())
     if isinstance(one, constraints.Constraint):
         mine, theirs = vars(one), vars(other)
         return type(one) is type(other) and agree(list(mine.values()), list(theirs.values()))
