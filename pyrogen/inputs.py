@@ -1,7 +1,8 @@
 """What every public door asks of the tensors that come in."""
 
-__all__ = ["check_batch", "check_context", "check_varied"]
+__all__ = ["can_steer", "check_batch", "check_context", "check_positive", "check_varied"]
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -56,7 +57,7 @@ def check_batch(
             f"{owner} expected a batch of shape ({expected}), got {tuple(x.shape)}. "
             "Reshape the data, or rebuild the model for this shape."
         )
-    size = x.shape[: x.ndim - len(event)].numel()
+    size = math.prod(x.shape[: x.ndim - len(event)])
     if size < at_least:
         raise ValueError(
             f"{owner} needs at least {at_least} data, got {size}. Pass a larger batch."
@@ -80,10 +81,30 @@ def check_batch(
 
 
 def _can_be_inspected(x: Tensor) -> bool:
-    """Whether values can decide anything: not where they are elsewhere, or stand for many."""
-    if x.device.type != "cpu" or torch.compiler.is_compiling():
+    """Whether looking at values costs little and can decide anything."""
+    return x.device.type == "cpu" and can_steer(x)
+
+
+def can_steer(x: Tensor) -> bool:
+    """Whether values can decide what is computed.
+
+    They cannot while compiling, nor under ``vmap``, where the values of one datum stand for many.
+
+    Args:
+        x: Tensor whose values are to decide.
+
+    Example:
+        >>> can_steer(torch.zeros(3))
+        True
+    """
+    if torch.compiler.is_compiling():
         return False
-    return not torch._C._functorch.is_functorch_wrapped_tensor(x)  # torch has no public way to ask
+    layers = torch._C._functorch  # torch has no public way to ask
+    while layers.is_functorch_wrapped_tensor(x):  # also by torch.func.grad, where values are one's
+        if layers.is_batchedtensor(x):
+            return False
+        x = layers.get_unwrapped(x)
+    return True
 
 
 def check_context(
@@ -117,6 +138,31 @@ def check_context(
             f"{advice}, or rebuild the {owner.lower()}."
         )
     check_batch(context.unsqueeze(0), (features,), owner=f"The context of {owner}", like=like)
+
+
+def check_positive(owner: str, **counts: int) -> None:
+    """Refuse counts below 1.
+
+    Args:
+        owner: Name of the class or function that asks, for the message.
+        counts: Each count, under the name of one of what it counts.
+
+    Raises:
+        ValueError: If a count is below 1.
+
+    Example:
+        >>> check_positive("Planar", feature=0)
+        Traceback (most recent call last):
+            ...
+        ValueError: Planar expected at least 1 feature, got 0. Pass a positive number of features.
+    """
+    for name, count in counts.items():
+        if count < 1:
+            what = name.replace("_", " ")
+            raise ValueError(
+                f"{owner} expected at least 1 {what}, got {count}. Pass a positive number of "
+                f"{what}s."
+            )
 
 
 def check_varied(x: Tensor, *, owner: str) -> None:

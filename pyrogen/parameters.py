@@ -6,6 +6,7 @@ import weakref
 
 from pyro.poutine.runtime import effectful
 from torch import Tensor, nn
+from torch.distributions import constraints
 
 
 def announce(name: str, module: nn.Module) -> None:
@@ -32,4 +33,5 @@ def announce(name: str, module: nn.Module) -> None:
 def _param(name: str, parameter: nn.Parameter) -> Tensor:
     value = parameter.view_as(parameter)
     value.unconstrained = weakref.ref(parameter)  # type: ignore[attr-defined]  # as Pyro's store
-    return effectful(lambda *_: value, type="param")(name, parameter, name=name)
+    seen = effectful(lambda *_, **__: value, type="param")
+    return seen(name, parameter, constraint=constraints.real, event_dim=None, name=name)

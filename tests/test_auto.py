@@ -101,6 +101,21 @@ def test_standardize_starts_from_draws():
     assert again["effect"].mean() == pytest.approx(-2.0, abs=0.1)
 
 
+@pytest.mark.parametrize("recipe", [nsf, maf])
+def test_standardize_gives_the_noise_the_correlations_of_draws(recipe):
+    """An untrained flow with a linear end is the normal of the draws' mean and covariance."""
+    law = dist.MultivariateNormal(
+        torch.tensor([1.0, -2.0, 3.0]),
+        torch.tensor([[2.0, 1.5, 0.0], [1.5, 2.0, -0.5], [0.0, -0.5, 1.0]]),
+    )
+    x = law.sample((5000,))
+    guide = AutoFlow(lambda: pyro.sample("z", law), lambda d: recipe(d, layers=2)).setup()
+    guide.standardize({"z": x})
+    fitted = dist.MultivariateNormal(x.mean(0), torch.cov(x.T))
+    at = x[:20]
+    assert torch.allclose(guide.get_posterior().log_prob(at), fitted.log_prob(at), atol=1e-3)
+
+
 def test_standardize_refuses_what_does_not_fit():
     guide = AutoFlow(schools(), small)
     with pytest.raises(RuntimeError, match=r"guide.setup\(\*args\)"):

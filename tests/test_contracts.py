@@ -320,7 +320,7 @@ OBJECTIVES = {
 NOT_OBJECTIVES = {  # parts, tested with what they are part of
     *("AnnealedBootstrap", "Replay"),  # takes no data: tests/test_annealed.py
     "Dequantization",  # takes whole numbers: tests/test_dequantized.py
-    *("Bridge", "Independent", "Interpolant", "OptimalTransport", "Pairing"),
+    *("Bridge", "IndependentCoupling", "Interpolant", "OptimalTransport", "MinibatchCoupling"),
     *("SchroedingerBridge", "Stochastic", "Straight", "Trigonometric"),
     *("Baseline", "Bound", "Game", "Gradient", "MultiSample", "UniformTime", "edm_weight"),
 }

@@ -46,7 +46,7 @@ def test_affine_flow_has_the_density_in_closed_form():
     nn.init.constant_(flow.layers[0].params, 0.5)
     flow.shift.fill_(0.3)
     flow.scale.fill_(2.0)
-    scale = math.exp(0.5 / math.sqrt(1 + (0.5 / 3) ** 2))
+    scale = math.exp(3 * math.tanh(0.5 / 3))
     expected = dist.LogNormal(torch.full((2,), 0.3 + 2 * 0.5).double(), 2 * scale).to_event(1)
     x = expected.sample((10,))
     assert torch.allclose(flow().log_prob(x), expected.log_prob(x), atol=1e-12)
@@ -302,6 +302,7 @@ ERRORS = [
     (lambda: Flow(0, []), ValueError, r"at least 1 feature, got 0"),
     (lambda: Flow(2, [], support=constraints.boolean), ValueError, r"reals map onto, got Boolean"),
     (lambda: Flow(2, [], support=constraints.dependent), ValueError, r"reals map onto"),
+    (lambda: Flow(2, [], support="positive"), TypeError, r"expected a constraint.*'positive'"),
     (with_nan, ValueError, r"finite data, got 1 NaN"),
     (lambda: nsf(2).standardize(torch.ones(5, 3)), ValueError, r"\(\*batch, 2\), got \(5, 3\)"),
     (lambda: nsf(2).standardize(torch.ones(5, 2).int()), TypeError, r"floating-point"),

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+from functools import partial
 
 import pyro
 import pyro.distributions as dist
@@ -25,10 +26,16 @@ from pyro.infer import (
     TraceMeanField_ELBO,
 )
 from pyro.infer.autoguide.initialization import init_to_sample
+from pyro.infer.inspect import (
+    generate_graph_specification,
+    get_dependencies,
+    get_model_relations,
+)
 
 from pyrogen.distributions import Transformed, nsf, realnvp
 from pyrogen.distributions.recipes.circular import ncsf
 from pyrogen.distributions.supports import circular
+from pyrogen.guides import AutoFlow
 
 
 @pytest.fixture(params=RECIPES.values(), ids=RECIPES)
@@ -80,6 +87,50 @@ def test_shapes_need_an_instance():
         Transformed.infer_shapes(noise=torch.Size([3]))
     p = nsf(3, 2, support=constraints.corr_cholesky)(torch.randn(5, 2))
     assert (p.batch_shape, p.event_shape) == ((5,), (3, 3))
+
+
+# Structure, by tensors that remember their sites and whose shapes are plain tuples
+
+
+def test_sites_above_and_below_a_flow_are_seen(recipe):
+    flow = awake(recipe(2, 3))
+
+    def model():
+        c = pyro.sample("c", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        pyro.sample("lone", dist.Normal(0.0, 1.0))
+        with pyro.plate("n", 2):
+            z = pyro.sample("z", flow(c))
+            pyro.sample("y", dist.Normal(z.sum(-1), 1.0), obs=torch.zeros(2))
+
+    relations = get_model_relations(model)
+    assert relations["sample_sample"] == {"c": [], "lone": [], "z": ["c"], "y": ["z"]}
+    assert relations["plate_sample"] == {"n": ["z", "y"]}
+    graph = generate_graph_specification(relations)  # what render_model draws
+    assert sorted(graph["edge_list"]) == [("c", "z"), ("z", "y")]
+    assert get_dependencies(model)["posterior_dependencies"] == {
+        "c": {"c": set(), "z": set()},
+        "lone": {"lone": set()},
+        "z": {"z": set(), "y": set()},
+    }
+
+
+def test_parameters_of_a_guide_are_seen():
+    def model():
+        pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+
+    guide = AutoFlow(model, partial(nsf, layers=1, hidden=(8,))).setup()
+    relations = get_model_relations(guide)
+    assert relations["sample_sample"] == {"_AutoFlow_latent": [], "z": ["_AutoFlow_latent"]}
+    assert set(relations["param_constraint"].values()) == {"Real()"}
+    assert len(relations["param_constraint"]) == len(list(guide.parameters()))
+
+
+def test_structure_is_seen_on_every_support(flow):
+    relations = get_model_relations(observed(flow))
+    assert relations["sample_sample"] == {"z": [], "y": ["z"]}
+    assert get_dependencies(observed(flow))["posterior_dependencies"] == {
+        "z": {"z": set(), "y": set()}
+    }
 
 
 def test_to_event_and_mask_reach_the_density(recipe):

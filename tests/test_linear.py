@@ -164,7 +164,10 @@ def test_domain_of_vectors_is_unchanged():
 ERRORS = [
     (lambda: Householder(0), r"at least 1 feature and 1 reflection, got 0 and 0\. For the ident"),
     (lambda: Householder(3, 0), r"got 3 and 0"),
-    (lambda: ActNorm(2, shared=2)().inv(torch.ones(4, 3, 5, 5)), r"\(\*batch, 2\), got"),
+    (
+        lambda: ActNorm(2, shared=2)().inv(torch.ones(4, 3, 5, 5)),
+        r"\(\*batch, 2, height, width\), got \(4, 3, 5, 5\)",
+    ),
     (lambda: ActNorm(2, shared=2)().inv(torch.ones(4, 2, 5, 5)), r"got 2 constant"),
     (lambda: ActNorm(2, shared=2)().inv(torch.ones(2, 1, 1)), r"at least 2 data, got 1"),
     (

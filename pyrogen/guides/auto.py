@@ -16,7 +16,7 @@ from torch.distributions import biject_to
 
 from ..distributions import Flow, Transformed
 from ..parameters import announce
-from ..transforms import LULinear
+from ..transforms import Inverse, LULinear
 from .log_joint import LogJoint
 from .sites import subsampled
 
@@ -101,9 +101,9 @@ class AutoFlow(AutoContinuous):
     def standardize(self, draws: Mapping[str, Tensor]) -> Self:
         """Set the flow's shift and scale from draws of the latents.
 
-        If the recipe ends in :class:`~pyrogen.transforms.LULinear`, as ``nsf`` does, the draws'
-        correlations are set too. Layers before it start as the identity, so the guide is the
-        normal distribution of the draws' mean and covariance.
+        If the recipe ends in :class:`~pyrogen.transforms.LULinear` or its inverse, as ``nsf`` and
+        ``maf`` do, the draws' correlations are set too. Layers before it start as the identity,
+        so the guide is the normal distribution of the draws' mean and covariance.
 
         Args:
             draws: Values of every latent site, each of shape ``(draws, *shape)``, as given by
@@ -135,8 +135,10 @@ class AutoFlow(AutoContinuous):
         u = torch.cat(parts, dim=-1)
         self._flow.standardize(u)
         last = self._flow.layers[-1] if len(self._flow.layers) else None
-        if isinstance(last, LULinear):
-            _correlate(last, (u - self._flow.shift) / self._flow.scale)
+        linear = last.layer if isinstance(last, Inverse) else last
+        if isinstance(linear, LULinear):
+            factor = _factor((u - self._flow.shift) / self._flow.scale)
+            _set(linear, factor if linear is last else factor.inverse())
         return self
 
     def warm_start(self, guide: Callable, *args: Any, draws: int = DRAWS, **kwargs: Any) -> Self:
@@ -314,8 +316,8 @@ def quantiles_from(
 
 
 @torch.no_grad()
-def _correlate(layer: LULinear, x: Tensor) -> None:
-    """Let a linear map give standard normal noise the correlations of draws."""
+def _factor(x: Tensor) -> Tensor:
+    """Cholesky factor of the covariance of draws."""
     factor, failed = torch.linalg.cholesky_ex(torch.cov(x.T).reshape(x.shape[1], x.shape[1]))
     if failed or len(x) <= x.shape[1]:
         raise ValueError(
@@ -323,6 +325,12 @@ def _correlate(layer: LULinear, x: Tensor) -> None:
             f"got {len(x)}. Pass several times as many draws as latents, and none that are "
             "functions of others."
         )
+    return factor
+
+
+@torch.no_grad()
+def _set(layer: LULinear, factor: Tensor) -> None:
+    """Let a linear map be that of a lower triangular matrix."""
     diagonal = factor.diagonal()
     layer.entries.copy_((factor / diagonal).tril(-1))
     layer.log_diagonal.copy_(diagonal.log())

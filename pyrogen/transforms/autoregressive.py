@@ -7,10 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..inputs import check_context
+from ..inputs import can_steer, check_context, check_positive
 from ..nets import MaskedMLP
-from .base import Bijection
+from .base import Bijection, SizedBijection
 from .elementwise import start_at_zero
+from .linear import is_permutation
 from .univariate import AFFINE, Univariate
 
 
@@ -35,8 +36,8 @@ class Autoregressive(nn.Module):
         hidden: Widths of the hidden layers of the masked network for :math:`\theta`.
 
     Raises:
-        ValueError: If the order is not a permutation, the adjacency has a cycle, both are given,
-            or the context does not fit.
+        ValueError: If there are no features, the order is not a permutation, the adjacency has a
+            cycle, both are given, or the context does not fit.
 
     References:
         Papamakarios, Pavlakou, Murray. Masked Autoregressive Flow for Density Estimation.
@@ -64,6 +65,7 @@ class Autoregressive(nn.Module):
         hidden: Sequence[int] = (64, 64),
     ) -> None:
         super().__init__()
+        check_positive("Autoregressive", feature=features)
         self.features = features
         self.context = context
         self.elementwise = elementwise
@@ -89,7 +91,7 @@ class Autoregressive(nn.Module):
 def _before(order: Sequence[int] | None, features: int) -> Tensor:
     """Adjacency in which each feature sees all of lower rank."""
     rank = torch.arange(features) if order is None else torch.as_tensor(order)
-    if not torch.equal(rank.sort().values, torch.arange(features)):
+    if rank.shape != (features,) or not is_permutation(rank):
         raise ValueError(
             f"Autoregressive expected order to hold each of 0, ..., {features - 1} once, got "
             f"{rank.tolist()}. Pass a permutation such as torch.randperm(features)."
@@ -120,20 +122,21 @@ def _turns(adjacency: Tensor, features: int) -> list[Tensor]:
     return turns
 
 
-class _Autoregressive(Bijection):
+class _Autoregressive(SizedBijection):
     def __init__(self, layer: Autoregressive, context: Tensor | None) -> None:
-        super().__init__(() if context is None else context.shape[:-1])
+        batch_shape = () if context is None else context.shape[:-1]
+        super().__init__(layer.features, batch_shape, owner="Autoregressive")
         self.layer = layer
         self.context = context
 
-    def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
         x = x.expand(torch.broadcast_shapes(x.shape, (*self.batch_shape, 1)))
         if self.layer.elementwise.parameters > CHEAP:
             return self._in_turn(x)
         first = self._maps(x).call_and_ladj(x)
         return self._in_turn(x) if _is_differentiated(first[0]) else self._repeat(x, *first)
 
-    def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
+    def _inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
         x, ladj = self._maps(y).inverse_and_ladj(y)
         return x, ladj.sum(-1)
 
@@ -163,19 +166,12 @@ class _Autoregressive(Bijection):
         for _ in self.layer.sizes[1:]:
             last = y
             y, ladj = self._maps(last).call_and_ladj(x)
-            if _equal(last, y):
+            if can_steer(y) and torch.equal(last, y):
                 break
         return y, ladj.sum(-1)
 
 
 CHEAP = 2  # parameters of a map that costs less than the network that sets it
-
-
-def _equal(last: Tensor, y: Tensor) -> bool:
-    try:
-        return torch.equal(last, y)
-    except RuntimeError:  # within vmap the values of one datum cannot steer the loop of all
-        return False
 
 
 def _is_differentiated(y: Tensor) -> bool:

@@ -4,7 +4,7 @@ A value and the log-determinant that belongs to it come from one call, so nothin
 bijection can be deep-copied, compiled, differentiated twice, and is never stale.
 """
 
-__all__ = ["Bijection", "Composed", "Inverse", "Wrapped"]
+__all__ = ["Bijection", "Composed", "Inverse", "SizedBijection", "Wrapped"]
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
@@ -78,6 +78,53 @@ class Bijection(Transform, ABC):
         shape = Size(shape)
         cut = len(shape) - event_dim
         return torch.broadcast_shapes(shape[:cut], self.batch_shape) + shape[cut:]
+
+
+class SizedBijection(Bijection):
+    """A bijection of events with a given number of features, which refuses any other number.
+
+    Without this door parameters of several features would meet an event of one, and broadcast.
+    Subclasses implement ``_call_and_ladj`` and ``_inverse_and_ladj``.
+
+    Args:
+        features: Length of the first dimension of an event: the features of a vector, the
+            channels of an image.
+        batch_shape: As for :class:`Bijection`.
+        owner: Name of the layer, for the message.
+    """
+
+    def __init__(self, features: int, batch_shape: Iterable[int] = (), *, owner: str) -> None:
+        super().__init__(batch_shape)
+        self.features = features
+        self.owner = owner
+        self._dim = -self.domain.event_dim
+
+    def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        self._check(x.shape)
+        return self._call_and_ladj(x)
+
+    def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        self._check(y.shape)
+        return self._inverse_and_ladj(y)
+
+    @abstractmethod
+    def _call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]: ...
+
+    @abstractmethod
+    def _inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]: ...
+
+    def _check(self, shape: Size) -> None:
+        if len(shape) < -self._dim or shape[self._dim] != self.features:
+            event = ["*batch", str(self.features), "height", "width"][: 1 - self._dim]
+            raise ValueError(
+                f"{self.owner} expected shape ({', '.join(event)}), got {tuple(shape)}. Reshape "
+                "the tensor, or rebuild the layer for its features."
+            )
+
+    def _broadcast(self, shape: Iterable[int], event_dim: int) -> Size:
+        shape = Size(shape)
+        self._check(shape)
+        return super()._broadcast(shape, event_dim)
 
 
 class _Inverse(Bijection):

@@ -3,14 +3,14 @@
 __all__ = ["Elementwise", "start_at_zero"]
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from ..inputs import check_context
+from ..inputs import check_context, check_positive
 from ..nets import MaskedLinear, mlp
-from .base import Bijection
+from .base import Bijection, SizedBijection
 from .univariate import AFFINE, Univariate
 
 
@@ -26,7 +26,7 @@ class Elementwise(nn.Module):
         hidden: Widths of the hidden layers of the network, with context.
 
     Raises:
-        ValueError: If the context does not fit.
+        ValueError: If there are no features, or the context does not fit.
 
     Example:
         >>> from pyrogen.transforms import RationalQuadratic
@@ -45,6 +45,7 @@ class Elementwise(nn.Module):
         hidden: Sequence[int] = (64, 64),
     ) -> None:
         super().__init__()
+        check_positive("Elementwise", feature=features)
         self.shape = (features, elementwise.parameters)
         self.context = context
         self.elementwise = elementwise
@@ -55,27 +56,29 @@ class Elementwise(nn.Module):
 
     def forward(self, context: Tensor | None = None) -> Bijection:
         check_context(context, self.context, owner="Elementwise")
-
-        def make() -> Bijection:
-            if context is None:
-                return self.elementwise(self.params)
-            return self.elementwise(self.net(context).unflatten(-1, self.shape))
-
-        return _Elementwise(make, () if context is None else context.shape[:-1])
+        return _Elementwise(self, context)
 
 
-class _Elementwise(Bijection):
-    def __init__(self, make: Callable[[], Bijection], batch_shape: Sequence[int]) -> None:
-        super().__init__(batch_shape)
-        self.make = make
+class _Elementwise(SizedBijection):
+    def __init__(self, layer: Elementwise, context: Tensor | None) -> None:
+        batch_shape = () if context is None else context.shape[:-1]
+        super().__init__(layer.shape[0], batch_shape, owner="Elementwise")
+        self.layer = layer
+        self.context = context
 
-    def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        y, ladj = self.make().call_and_ladj(x)
+    def _call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y, ladj = self._maps().call_and_ladj(x)
         return y, ladj.sum(-1)
 
-    def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        x, ladj = self.make().inverse_and_ladj(y)
+    def _inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        x, ladj = self._maps().inverse_and_ladj(y)
         return x, ladj.sum(-1)
+
+    def _maps(self) -> Bijection:
+        layer = self.layer
+        if self.context is None:
+            return layer.elementwise(layer.params)
+        return layer.elementwise(layer.net(self.context).unflatten(-1, layer.shape))
 
 
 def start_at_zero(net: nn.Sequential) -> nn.Sequential:

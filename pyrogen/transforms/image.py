@@ -3,15 +3,16 @@
 __all__ = ["IMAGE", "Convolution1x1", "ImageCoupling", "Squeeze"]
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Size, Tensor, nn
 from torch.distributions import constraints
 
-from ..inputs import check_context
-from ..nets import _Batched
-from .base import Bijection
+from ..inputs import check_positive
+from ..nets.convolutional import _Batched
+from .base import Bijection, SizedBijection
+from .coupling import Halves
 from .linear import LULinear, Reflections
 from .univariate import AFFINE, Univariate
 
@@ -107,8 +108,7 @@ class Convolution1x1(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        if channels < 1:
-            raise ValueError(f"Convolution1x1 expected at least 1 channel, got {channels}.")
+        check_positive("Convolution1x1", channel=channels)
         self.linear = LULinear(channels)
         # Reflections, and not their product, which is orthogonal only in the precision it is in
         self.register_buffer("mirrors", torch.randn(channels, channels))
@@ -121,25 +121,25 @@ class Convolution1x1(nn.Module):
         return Reflections(self.mirrors).columns(len(self.mirrors)).T
 
 
-class _Convolution1x1(Bijection):
+class _Convolution1x1(SizedBijection):
     domain = IMAGE
     codomain = IMAGE
 
     def __init__(self, layer: Convolution1x1) -> None:
-        super().__init__()
+        super().__init__(len(layer.mirrors), owner="Convolution1x1")
         self.layer = layer
 
-    def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
         lower, upper, ladj = self.layer.linear.factors()
         y = _mix(self.layer.rotation() @ lower @ upper, x) + self._bias()
-        return y, (ladj * x.shape[-2:].numel()).expand(x.shape[:-3])
+        return y, (ladj * math.prod(x.shape[-2:])).expand(x.shape[:-3])
 
-    def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
+    def _inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
         lower, upper, ladj = self.layer.linear.factors()
         back = torch.linalg.solve_triangular(lower, self.layer.rotation().T, upper=False)
         back = torch.linalg.solve_triangular(upper, back, upper=True)
         x = _mix(back, y - self._bias())
-        return x, (-ladj * y.shape[-2:].numel()).expand(y.shape[:-3])
+        return x, (-ladj * math.prod(y.shape[-2:])).expand(y.shape[:-3])
 
     def _bias(self) -> Tensor:
         return self.layer.linear.bias[:, None, None]
@@ -149,7 +149,7 @@ def _mix(matrix: Tensor, x: Tensor) -> Tensor:
     return (matrix @ x.flatten(-2)).unflatten(-1, x.shape[-2:])
 
 
-class ImageCoupling(nn.Module):
+class ImageCoupling(Halves):
     r"""Trainable map :math:`(a, b) \mapsto (a, T(b; \theta(a)))` of the halves of the channels.
 
     :math:`\theta` is a residual convolutional network that keeps the picture's size; a context
@@ -181,6 +181,8 @@ class ImageCoupling(nn.Module):
         (torch.Size([5, 4, 8, 8]), torch.Size([5]))
     """
 
+    domain = IMAGE
+
     def __init__(
         self,
         channels: int,
@@ -190,68 +192,20 @@ class ImageCoupling(nn.Module):
         flip: bool = False,
         hidden: Sequence[int] = (64, 64),
     ) -> None:
-        super().__init__()
         if channels < 2:
             raise ValueError(
                 f"ImageCoupling expected at least 2 channels, got {channels}. Put a Squeeze "
                 "between it and the data."
             )
-        kept, moved = channels // 2, channels - channels // 2
-        self.sizes = (moved, kept) if flip else (kept, moved)
-        self.shape = (moved, elementwise.parameters)
-        self.context = context
-        self.elementwise = elementwise
-        self.flip = flip
-        self.net = _same_size(kept + context, math.prod(self.shape), hidden)
+        super().__init__(channels, context, elementwise=elementwise, flip=flip)
+        self.net = _same_size(channels // 2 + context, math.prod(self.shape), hidden)
 
-    def forward(self, context: Tensor | None = None) -> Bijection:
-        check_context(context, self.context, owner="ImageCoupling")
-
-        def conditioner(a: Tensor) -> Bijection:
-            if context is not None:
-                batch = torch.broadcast_shapes(a.shape[:-3], context.shape[:-1])
-                known = context[..., None, None].expand(*batch, -1, *a.shape[-2:])
-                a = torch.cat([a.expand(*batch, -1, -1, -1), known], dim=-3)
-            return self.elementwise(self.net(a).unflatten(-3, self.shape).movedim(-3, -1))
-
-        batch_shape = () if context is None else context.shape[:-1]
-        return _ImageCoupling(conditioner, self.sizes, batch_shape, flip=self.flip)
-
-
-class _ImageCoupling(Bijection):
-    domain = IMAGE
-    codomain = IMAGE
-
-    def __init__(
-        self,
-        conditioner: Callable[[Tensor], Bijection],
-        sizes: tuple[int, int],
-        batch_shape: Sequence[int],
-        *,
-        flip: bool,
-    ) -> None:
-        super().__init__(batch_shape)
-        self.conditioner = conditioner
-        self.sizes = sizes
-        self.flip = flip
-
-    def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        a, b = self._split(x)
-        b, ladj = self.conditioner(a).call_and_ladj(b)
-        return self._join(a, b), ladj.flatten(-3).sum(-1)
-
-    def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        a, b = self._split(y)
-        b, ladj = self.conditioner(a).inverse_and_ladj(b)
-        return self._join(a, b), ladj.flatten(-3).sum(-1)
-
-    def _split(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        first, second = x.split(self.sizes, dim=-3)
-        return (second, first) if self.flip else (first, second)
-
-    def _join(self, a: Tensor, b: Tensor) -> Tensor:
-        a = a.expand(*b.shape[:-3], -1, -1, -1)
-        return torch.cat([b, a] if self.flip else [a, b], dim=-3)
+    def maps(self, a: Tensor, context: Tensor | None) -> Bijection:
+        if context is not None:
+            batch = torch.broadcast_shapes(a.shape[:-3], context.shape[:-1])
+            known = context[..., None, None].expand(*batch, -1, *a.shape[-2:])
+            a = torch.cat([a.expand(*batch, -1, -1, -1), known], dim=-3)
+        return self.elementwise(self.net(a).unflatten(-3, self.shape).movedim(-3, -1))
 
 
 class _Residual(nn.Module):
@@ -274,6 +228,7 @@ def _same_size(inputs: int, outputs: int, hidden: Sequence[int]) -> nn.Module:
         raise ValueError(
             "ImageCoupling expected at least one hidden layer, got none. Pass hidden=(64,)."
         )
+    check_positive("ImageCoupling", hidden_channel=min(hidden))
     width = hidden[0]
     blocks = [_Residual(width, inner) for inner in hidden]
     last = nn.Conv2d(width, outputs, 1)

@@ -1,6 +1,13 @@
 """Linear layers: permutations, reflections, triangular factors, activation normalisation."""
 
-__all__ = ["ActNorm", "Householder", "LULinear", "Permutation", "Reflections"]
+__all__ = [
+    "ActNorm",
+    "Householder",
+    "LULinear",
+    "Permutation",
+    "Reflections",
+    "is_permutation",
+]
 
 from collections.abc import Sequence
 from typing import Self
@@ -9,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from ..inputs import check_batch, check_varied
-from .base import Bijection
+from ..inputs import check_batch, check_positive, check_varied
+from .base import Bijection, SizedBijection
 from .univariate import ShiftScale
 
 
@@ -34,8 +41,7 @@ class Permutation(nn.Module):
     def __init__(self, order: Sequence[int] | Tensor) -> None:
         super().__init__()
         index = torch.as_tensor(order)
-        integers = index.ndim == 1 and not index.is_floating_point()
-        if not integers or sorted(index.tolist()) != list(range(len(index))):
+        if not is_permutation(index):
             raise ValueError(
                 f"Permutation expected each of 0, ..., features - 1 once, got {index.tolist()}. "
                 "Use Permutation.reverse or Permutation.random."
@@ -57,16 +63,23 @@ class Permutation(nn.Module):
         return _Permutation(self.order, self.undo)
 
 
-class _Permutation(Bijection):
+def is_permutation(order: Tensor) -> bool:
+    """Whether these are the whole numbers 0, 1, ... in some order."""
+    if order.ndim != 1 or order.is_floating_point() or order.dtype == torch.bool:
+        return False
+    return sorted(order.tolist()) == list(range(len(order)))
+
+
+class _Permutation(SizedBijection):
     def __init__(self, order: Tensor, undo: Tensor) -> None:
-        super().__init__()
+        super().__init__(len(order), owner="Permutation")
         self.order = order
         self.undo = undo
 
-    def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return x[..., self.order], x.new_zeros(x.shape[:-1])
 
-    def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
+    def _inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
         return y[..., self.undo], y.new_zeros(y.shape[:-1])
 
 
@@ -110,7 +123,7 @@ class Householder(nn.Module):
         return Reflections(self.vectors)
 
 
-class Reflections(Bijection):
+class Reflections(SizedBijection):
     r"""The product of reflections along given vectors, in their order.
 
     With the unit vectors as rows of :math:`V`, it is :math:`x - V^\top T^\top V x`, where
@@ -130,14 +143,14 @@ class Reflections(Bijection):
     """
 
     def __init__(self, vectors: Tensor) -> None:
-        super().__init__(vectors.shape[:-2])
+        super().__init__(vectors.shape[-1], vectors.shape[:-2], owner="Reflections")
         self.vectors = vectors
 
-    def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
         vectors, above = self._compact()
         return self._reflect(x, vectors, torch.linalg.solve_triangular(above, vectors, upper=True))
 
-    def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
+    def _inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
         vectors, above = self._compact()
         below = above.mT
         return self._reflect(
@@ -147,14 +160,14 @@ class Reflections(Bijection):
     def columns(self, count: int) -> Tensor:
         """The first columns of the matrix, laid in rows: shape ``(*batch, count, features)``."""
         vectors, above = self._compact()
-        first = torch.eye(count, vectors.shape[-1]).to(vectors)
+        first = torch.eye(count, vectors.shape[-1], dtype=vectors.dtype, device=vectors.device)
         return first - first @ vectors.mT @ torch.linalg.solve_triangular(
             above, vectors, upper=True
         )
 
     def _compact(self) -> tuple[Tensor, Tensor]:
         vectors = nn.functional.normalize(self.vectors, dim=-1)
-        half = 0.5 * torch.eye(vectors.shape[-2]).to(vectors)
+        half = vectors.new_full(vectors.shape[-2:-1], 0.5).diag()
         return vectors, (vectors @ vectors.mT).triu(1) + half
 
     def _reflect(self, x: Tensor, vectors: Tensor, turned: Tensor) -> tuple[Tensor, Tensor]:
@@ -175,6 +188,9 @@ class LULinear(nn.Module):
     Args:
         features: Number of features.
 
+    Raises:
+        ValueError: If there are no features.
+
     References:
         Oliva, Dubey, Zaheer, Póczos, Salakhutdinov, Xing, Schneider. Transformation
         Autoregressive Networks. ICML 2018. arXiv:1801.09819
@@ -186,11 +202,9 @@ class LULinear(nn.Module):
         tensor([1., 2.], grad_fn=<AddBackward0>)
     """
 
-    below: Tensor
-
     def __init__(self, features: int) -> None:
         super().__init__()
-        self.register_buffer("below", torch.ones(features, features).tril(-1), persistent=False)
+        check_positive("LULinear", feature=features)
         self.entries = nn.Parameter(torch.zeros(features, features))  # below: L, above: U
         self.log_diagonal = nn.Parameter(torch.zeros(features))
         self.bias = nn.Parameter(torch.zeros(features))
@@ -200,22 +214,22 @@ class LULinear(nn.Module):
 
     def factors(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return :math:`L`, :math:`U` and the log-determinant of their product."""
-        eye = torch.eye(len(self.bias)).to(self.bias)
-        lower = self.entries * self.below + eye
-        upper = self.entries * self.below.T + self.log_diagonal.exp().diag()
+        lower = self.entries.tril(-1) + torch.ones_like(self.bias).diag()
+        upper = self.entries.triu(1) + self.log_diagonal.exp().diag()
         return lower, upper, self.log_diagonal.sum()
 
 
-class _LULinear(Bijection):
+class _LULinear(SizedBijection):
     def __init__(self, layer: LULinear) -> None:
-        super().__init__()
+        super().__init__(len(layer.bias), owner="LULinear")
         self.layer = layer
 
-    def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
         lower, upper, ladj = self.layer.factors()
-        return x @ upper.T @ lower.T + self.layer.bias, ladj.expand(x.shape[:-1])
+        matrix = lower @ upper  # first: a batch has more rows than the matrix
+        return nn.functional.linear(x, matrix, self.layer.bias), ladj.expand(x.shape[:-1])
 
-    def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
+    def _inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
         lower, upper, ladj = self.layer.factors()
         rows = (y - self.layer.bias).reshape(-1, y.shape[-1])
         rows = torch.linalg.solve_triangular(lower.T, rows, upper=True, left=False)
@@ -236,7 +250,8 @@ class ActNorm(nn.Module):
             2 for the pixels of images, whose features are channels.
 
     Raises:
-        ValueError: If the first batch holds fewer than two data, or a constant feature.
+        ValueError: If there are no features, or the first batch holds fewer than two data or a
+            constant feature.
 
     References:
         Kingma, Dhariwal. Glow: Generative Flow with Invertible 1x1 Convolutions.
@@ -253,6 +268,7 @@ class ActNorm(nn.Module):
 
     def __init__(self, features: int, *, shared: int = 0) -> None:
         super().__init__()
+        check_positive("ActNorm", feature=features)
         self.shared = shared
         self.log_scale = nn.Parameter(torch.zeros(features))
         self.shift = nn.Parameter(torch.zeros(features))
@@ -262,24 +278,24 @@ class ActNorm(nn.Module):
         return _ActNorm(self)
 
 
-class _ActNorm(Bijection):
+class _ActNorm(SizedBijection):
     def __init__(self, layer: ActNorm) -> None:
-        super().__init__()
-        self.layer = layer
         if layer.shared:
             self.domain = self.codomain = constraints.independent(
                 constraints.real, 1 + layer.shared
             )
+        super().__init__(len(layer.shift), owner="ActNorm")
+        self.layer = layer
 
-    def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
         y, ladj = self._map().call_and_ladj(x)
-        return y, ladj.flatten(-1 - self.layer.shared).sum(-1)
+        return y, ladj.flatten(self._dim).sum(-1)
 
-    def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
+    def _inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
         if self.layer.training and not self.layer.ready:
             self._start_from(y.detach())
         x, ladj = self._map().inverse_and_ladj(y)
-        return x, ladj.flatten(-1 - self.layer.shared).sum(-1)
+        return x, ladj.flatten(self._dim).sum(-1)
 
     def _map(self) -> Bijection:
         shape = (-1, *[1] * self.layer.shared)

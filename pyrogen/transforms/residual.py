@@ -13,9 +13,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..inputs import check_context
+from ..inputs import can_steer, check_context, check_positive
 from ..nets import mlp
-from .base import Bijection
+from .base import Bijection, SizedBijection
 from .linear import Reflections
 from .univariate import bounded
 
@@ -66,7 +66,7 @@ class Planar(nn.Module):
         hidden: Widths of the hidden layers of the network for :math:`u, w, b`, with context.
 
     Raises:
-        ValueError: If the context does not fit.
+        ValueError: If there are no features, or the context does not fit.
 
     References:
         Rezende, Mohamed. Variational Inference with Normalizing Flows. ICML 2015.
@@ -83,7 +83,7 @@ class Planar(nn.Module):
         self, features: int, context: int = 0, *, hidden: Sequence[int] = (64, 64)
     ) -> None:
         super().__init__()
-        _check_features(features, owner="Planar")
+        check_positive("Planar", feature=features)
         self.features = features
         w = torch.randn(features) / math.sqrt(features)
         start = torch.cat([torch.zeros(features), w, torch.zeros(1)])
@@ -95,20 +95,20 @@ class Planar(nn.Module):
         return _Planar(u, w, b.squeeze(-1))
 
 
-class _Planar(Bijection):
+class _Planar(SizedBijection):
     def __init__(self, u: Tensor, w: Tensor, b: Tensor) -> None:
-        super().__init__(b.shape)
+        super().__init__(w.shape[-1], b.shape, owner="Planar")
         self.w, self.b = w, b
         along = (w * u).sum(-1)
         self.c = _above_minus_one(along)
         square = w.square().sum(-1).clamp(min=torch.finfo(w.dtype).tiny)
         self.u = u + ((self.c - along) / square).unsqueeze(-1) * w
 
-    def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
         t = ((self.w * x).sum(-1) + self.b).tanh()
         return x + self.u * t.unsqueeze(-1), _log_slope(t, self.c)
 
-    def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
+    def _inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
         t = _solve((self.w * y).sum(-1) + self.b, self.c).tanh()
         return y - self.u * t.unsqueeze(-1), -_log_slope(t, self.c)
 
@@ -145,12 +145,8 @@ def _newton(a: Tensor, y: Tensor, c: Tensor) -> Tensor:
 
 def _settled(last: Tensor, a: Tensor) -> bool:
     """Whether a step changed nothing but the last digits."""
-    if torch.compiler.is_compiling():
-        return False
-    try:
-        return bool(((a - last).abs() <= 8 * torch.finfo(a.dtype).eps * a.abs()).all())
-    except RuntimeError:  # within vmap the values of one datum cannot steer the loop of all
-        return False
+    still = (a - last).abs() <= 8 * torch.finfo(a.dtype).eps * a.abs()
+    return can_steer(still) and bool(still.all())
 
 
 class Radial(nn.Module):
@@ -171,7 +167,7 @@ class Radial(nn.Module):
             context.
 
     Raises:
-        ValueError: If the context does not fit.
+        ValueError: If there are no features, or the context does not fit.
 
     References:
         Rezende, Mohamed. Variational Inference with Normalizing Flows. ICML 2015.
@@ -188,7 +184,7 @@ class Radial(nn.Module):
         self, features: int, context: int = 0, *, hidden: Sequence[int] = (64, 64)
     ) -> None:
         super().__init__()
-        _check_features(features, owner="Radial")
+        check_positive("Radial", feature=features)
         self.features = features
         start = torch.cat([torch.randn(features), torch.zeros(2)])
         self.parameters_of = _Parameters(start, context, hidden, owner="Radial")
@@ -198,20 +194,20 @@ class Radial(nn.Module):
         return _Radial(centre, alpha.squeeze(-1), beta.squeeze(-1))
 
 
-class _Radial(Bijection):
+class _Radial(SizedBijection):
     def __init__(self, centre: Tensor, log_alpha: Tensor, beta: Tensor) -> None:
-        super().__init__(beta.shape)
+        super().__init__(centre.shape[-1], beta.shape, owner="Radial")
         self.centre = centre
         self.alpha = bounded(log_alpha, LOG_SCALE).exp()
         self.beta = self.alpha * _above_minus_one(beta)
 
-    def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
         away = x - self.centre
         radius = _length(away)
         push = self.beta / (self.alpha + radius)
         return x + push.unsqueeze(-1) * away, self._ladj(radius, push, x.shape[-1])
 
-    def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
+    def _inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
         away = y - self.centre
         far = _length(away)
         # far = radius (1 + beta / (alpha + radius)); the root in the form that cancels nothing
@@ -252,7 +248,8 @@ class Sylvester(nn.Module):
         hidden: Widths of the hidden layers of the network for all parameters, with context.
 
     Raises:
-        ValueError: If there are too few or too many units, or the context does not fit.
+        ValueError: If there are no features, too few or too many units, or the context does not
+            fit.
 
     References:
         van den Berg, Hasenclever, Tomczak, Welling. Sylvester Normalizing Flows for Variational
@@ -274,7 +271,7 @@ class Sylvester(nn.Module):
         hidden: Sequence[int] = (64, 64),
     ) -> None:
         super().__init__()
-        _check_features(features, owner="Sylvester")
+        check_positive("Sylvester", feature=features)
         units = min(features, 8) if units is None else units
         if not 1 <= units <= features:
             raise ValueError(
@@ -295,13 +292,13 @@ class Sylvester(nn.Module):
         )
 
 
-class _Sylvester(Bijection):
+class _Sylvester(SizedBijection):
     """Entries above the diagonal are those of R, below of the other factor, on it of c."""
 
     def __init__(
         self, vectors: Tensor, entries: Tensor, log_diagonal: Tensor, bias: Tensor
     ) -> None:
-        super().__init__(bias.shape[:-1])
+        super().__init__(vectors.shape[-1], bias.shape[:-1], owner="Sylvester")
         self.columns = Reflections(vectors).columns(vectors.shape[-2])  # Q, transposed
         self.c = _above_minus_one(entries.diagonal(dim1=-2, dim2=-1))
         diagonal = bounded(log_diagonal, LOG_SCALE).exp()
@@ -309,11 +306,11 @@ class _Sylvester(Bijection):
         self.inner = entries.mT.triu(1) + torch.diag_embed(diagonal)
         self.bias = bias
 
-    def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
         t = self._activation(x).tanh()
         return x + self._shift(t), _log_slope(t, self.c).sum(-1)
 
-    def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
+    def _inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
         target = self._activation(y)  # = a + inner outer tanh(a), for the a before the layer
         product = self.inner @ self.outer
         solved: list[Tensor] = []  # tanh(a), from the last unit up
@@ -338,8 +335,3 @@ def _apply(matrix: Tensor, x: Tensor) -> Tensor:
     if matrix.ndim == 2:  # one product for the whole batch
         return x @ matrix.T
     return (matrix @ x.unsqueeze(-1)).squeeze(-1)
-
-
-def _check_features(features: int, *, owner: str) -> None:
-    if features < 1:
-        raise ValueError(f"{owner} expected at least 1 feature, got {features}.")

@@ -26,8 +26,10 @@ class RationalQuadratic(Univariate):
         {s(\xi^2 + (1-\xi)^2) + (d_0 + d_1)\,\xi(1-\xi)}.
 
     For draws, the odds :math:`r = \xi / (1 - \xi)` solve :math:`s(1-\eta)r^2 + br - s\eta = 0`
-    with :math:`b = d_0(1-\eta) - d_1\eta`. The discriminant :math:`b^2 + 4s^2\eta(1-\eta)` is a
-    sum of positive terms, so the inverse neither fails nor cancels in single precision.
+    with :math:`b = d_0(1-\eta) - d_1\eta`. The discriminant :math:`b^2 + 4s^2\eta(1-\eta)` adds
+    what is not negative, so it has a root in any precision, and that root is only ever added to
+    :math:`|b|`. What is left is the rounding of the knots: in single precision unit-scale
+    parameters invert to 2e-5.
 
     Args:
         bins: Number of bins, at least 2. A feature has ``3 * bins - 1`` parameters.

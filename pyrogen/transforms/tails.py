@@ -32,7 +32,7 @@ class HeavyTails(Univariate):
     of a feature are both indices, the left one first, :math:`\mu` and :math:`\log\sigma`. None
     give the identity: at zero both indices are ``start``.
 
-    Cost: closed form from noise to data; seven evaluations of :math:`E` from data to noise.
+    Cost: closed form from noise to data; eight evaluations of :math:`E` from data to noise.
 
     Args:
         start: Index :math:`\lambda` at parameters of zero, within ``(0, limit)``.

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import nn
 from torch.distributions import constraints
 
+from ...inputs import check_positive
 from ...transforms import Autoregressive, Inverse, LULinear, Univariate
 from ...transforms.univariate import AFFINE
 from ..flow import Flow
@@ -25,8 +26,8 @@ def maf(
     """Build a masked autoregressive flow: the best density for its size, slow to draw from.
 
     The order of the features alternates between ascending and descending, and linear layers mix
-    them in between. With
-    ``elementwise=RationalQuadratic()`` it is the autoregressive neural spline flow.
+    them in between. With ``elementwise=RationalQuadratic()`` it is the autoregressive neural
+    spline flow.
 
     Args:
         features: Number of features.
@@ -37,6 +38,9 @@ def maf(
         support: Where draws lie.
         noise: Module whose call gives the law of the noise; standard normal if None.
 
+    Raises:
+        ValueError: If there are no features or no layers.
+
     References:
         Papamakarios, Pavlakou, Murray. Masked Autoregressive Flow for Density Estimation.
         NeurIPS 2017. arXiv:1705.07057
@@ -45,11 +49,12 @@ def maf(
         >>> maf(features=3)().log_prob(torch.zeros(5, 3)).shape
         torch.Size([5])
     """
+    check_positive("maf", feature=features, layer=layers)
     stack: list[nn.Module] = []
     for layer in _alternating(
         features, context, layers=layers, elementwise=elementwise, hidden=hidden
     ):
-        stack += [layer, LULinear(features)]
+        stack += [layer, Inverse(LULinear(features))]  # a product to score, a solve to draw
     return Flow(features, stack, context, support=support, noise=noise)
 
 
@@ -65,7 +70,7 @@ def iaf(
 ) -> Flow:
     """Build an inverse autoregressive flow: one pass to draw and score the draw, for guides.
 
-    A given value takes as many passes to score as it has features, or until nothing changes; for
+    A given value takes as many passes to score as it has features, or until nothing changes. For
     data use :func:`maf`, its mirror image.
 
     Args:
@@ -77,6 +82,9 @@ def iaf(
         support: Where draws lie.
         noise: Module whose call gives the law of the noise; standard normal if None.
 
+    Raises:
+        ValueError: If there are no features or no layers.
+
     References:
         Kingma, Salimans, Jozefowicz, Chen, Sutskever, Welling. Improving Variational Inference
         with Inverse Autoregressive Flow. NeurIPS 2016. arXiv:1606.04934
@@ -86,6 +94,7 @@ def iaf(
         >>> x.shape, log_prob.shape
         (torch.Size([5, 3]), torch.Size([5]))
     """
+    check_positive("iaf", feature=features, layer=layers)
     stack: list[nn.Module] = []
     for layer in _alternating(
         features, context, layers=layers, elementwise=elementwise, hidden=hidden

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import constraints
 
+from ...inputs import check_positive
 from ...transforms import Coupling, Elementwise, Permutation
 from ...transforms.spline import SPLINE, CircularSpline, RationalQuadratic
 from ...transforms.univariate import PerFeature
@@ -44,7 +45,7 @@ def ncsf(
             ``stack([circular, real, ...], dim=-1)``.
 
     Raises:
-        ValueError: If no feature of the support is an angle.
+        ValueError: If there are no layers, or no feature of the support is an angle.
 
     References:
         Rezende, Papamakarios, Racaniere, Albergo, Kanwar, Shanahan, Cranmer. Normalizing Flows
@@ -55,6 +56,7 @@ def ncsf(
         >>> torus().log_prob(torch.tensor([3.0, -3.0]))  # still uniform: -2 log(2 pi)
         tensor(-3.6758, grad_fn=<...>)
     """
+    check_positive("ncsf", feature=features, layer=layers)
     angles = angles_of(support, features)
     if not angles.any():
         raise ValueError(
@@ -80,7 +82,7 @@ def ncsf(
                 elementwise=PerFeature([family[j] for j in moved]),
                 flip=flip,
                 hidden=hidden,
-                embedding=_Periodic([bool(angles[j]) for j in kept]),
+                embedding=_Periodic(angles[kept]),
             )
         )
         if flip and features > 2:  # a fixed riffle, as the roles of features must be known here
@@ -96,10 +98,13 @@ def ncsf(
 class _Periodic(nn.Module):
     """Cosine and sine of angles, beside the other features."""
 
-    def __init__(self, angles: Sequence[bool]) -> None:
+    angles: Tensor
+    others: Tensor
+
+    def __init__(self, angles: Tensor) -> None:
         super().__init__()
-        self.angles = [i for i, angle in enumerate(angles) if angle]
-        self.others = [i for i, angle in enumerate(angles) if not angle]
+        self.register_buffer("angles", angles.nonzero().squeeze(-1), persistent=False)
+        self.register_buffer("others", (~angles).nonzero().squeeze(-1), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         angle = x[..., self.angles]

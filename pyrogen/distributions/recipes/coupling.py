@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import nn
 from torch.distributions import constraints
 
+from ...inputs import check_positive
 from ...transforms import Coupling, Elementwise, LULinear, Permutation, Shift, Univariate
 from ...transforms.spline import SPLINE
 from ...transforms.univariate import AFFINE
@@ -35,6 +36,9 @@ def nice(
         support: Where draws lie.
         noise: Module whose call gives the law of the noise; standard normal if None.
 
+    Raises:
+        ValueError: If there are fewer than 2 features, or no layers.
+
     References:
         Dinh, Krueger, Bengio. NICE: Non-linear Independent Components Estimation. ICLR 2015
         workshop. arXiv:1410.8516
@@ -43,6 +47,7 @@ def nice(
         >>> nice(features=3)().sample((5,)).shape
         torch.Size([5, 3])
     """
+    check_positive("nice", feature=features, layer=layers)
     stack: list[nn.Module] = [Elementwise(features, context, hidden=hidden)]
     stack += _alternating(features, context, layers=layers, elementwise=Shift(), hidden=hidden)
     return Flow(features, stack, context, support=support, noise=noise)
@@ -67,6 +72,9 @@ def realnvp(
         support: Where draws lie.
         noise: Module whose call gives the law of the noise; standard normal if None.
 
+    Raises:
+        ValueError: If there are fewer than 2 features, or no layers.
+
     References:
         Dinh, Sohl-Dickstein, Bengio. Density estimation using Real NVP. ICLR 2017.
         arXiv:1605.08803
@@ -75,6 +83,7 @@ def realnvp(
         >>> realnvp(features=3)().sample((5,)).shape
         torch.Size([5, 3])
     """
+    check_positive("realnvp", feature=features, layer=layers)
     stack = _alternating(features, context, layers=layers, elementwise=AFFINE, hidden=hidden)
     return Flow(features, stack, context, support=support, noise=noise)
 
@@ -100,6 +109,9 @@ def nsf(
         support: Where draws lie.
         noise: Module whose call gives the law of the noise; standard normal if None.
 
+    Raises:
+        ValueError: If there are fewer than 2 features, or no layers.
+
     References:
         Durkan, Bekasov, Murray, Papamakarios. Neural Spline Flows. NeurIPS 2019.
         arXiv:1906.04032
@@ -109,6 +121,7 @@ def nsf(
         >>> bool((flow().sample((100,)) > 0).all())
         True
     """
+    check_positive("nsf", feature=features, layer=layers)
     stack: list[nn.Module] = []
     for i in range(layers):
         stack.append(

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import nn
 from torch.distributions import constraints
 
+from ...inputs import check_positive
 from ...transforms import (
     Autoregressive,
     Bernstein,
@@ -42,6 +43,9 @@ def naf(
         components: Number of sigmoids of the monotone network of a feature.
         support: Where draws lie.
         noise: Module whose call gives the law of the noise; standard normal if None.
+
+    Raises:
+        ValueError: If there are no features or no layers.
 
     References:
         Huang, Krueger, Lacoste, Courville. Neural Autoregressive Flows. ICML 2018.
@@ -84,6 +88,9 @@ def umnn(
         units: Number of units of each integrand.
         support: Where draws lie.
         noise: Module whose call gives the law of the noise; standard normal if None.
+
+    Raises:
+        ValueError: If there are no features or no layers.
 
     References:
         Wehenkel, Louppe. Unconstrained Monotonic Neural Networks. NeurIPS 2019. arXiv:1908.05164
@@ -166,6 +173,9 @@ def sospf(
         support: Where draws lie.
         noise: Module whose call gives the law of the noise; standard normal if None.
 
+    Raises:
+        ValueError: If there are no features or no layers.
+
     References:
         Jaini, Selby, Yu. Sum-of-Squares Polynomial Flow. ICML 2019. arXiv:1905.02325
 
@@ -206,6 +216,9 @@ def bernstein(
         degree: Degree of the polynomials.
         support: Where draws lie.
         noise: Module whose call gives the law of the noise; standard normal if None.
+
+    Raises:
+        ValueError: If there are no features or no layers.
 
     References:
         Ramasinghe, Fernando, Khan, Barnes. Robust Normalizing Flows using Bernstein-type
@@ -250,6 +263,9 @@ def gaussianization(
         support: Where draws lie.
         noise: Module whose call gives the law of the noise; standard normal if None.
 
+    Raises:
+        ValueError: If there are no features or no layers.
+
     References:
         Meng, Song, Song, Ermon. Gaussianization Flows. AISTATS 2020. arXiv:2003.01941
 
@@ -257,6 +273,7 @@ def gaussianization(
         >>> gaussianization(features=3)().log_prob(torch.zeros(5, 3)).shape
         torch.Size([5])
     """
+    check_positive("gaussianization", feature=features, layer=layers)
     family = LogisticMixture(components)
     stack: list[nn.Module] = []
     for _ in range(layers):

@@ -4,8 +4,10 @@ __all__ = ["planar", "radial", "sylvester"]
 
 from collections.abc import Sequence
 
+from torch import nn
 from torch.distributions import constraints
 
+from ...inputs import check_positive
 from ...transforms.residual import Planar, Radial, Sylvester
 from ..flow import Flow
 
@@ -17,6 +19,7 @@ def planar(
     layers: int = 16,
     hidden: Sequence[int] = (64, 64),
     support: constraints.Constraint = constraints.real,
+    noise: nn.Module | None = None,
 ) -> Flow:
     """Build a flow of planar layers: the fewest parameters, two vectors a layer.
 
@@ -28,6 +31,10 @@ def planar(
         layers: Number of layers.
         hidden: Widths of the hidden layers of each network, with context.
         support: Where draws lie.
+        noise: Module whose call gives the law of the noise; standard normal if None.
+
+    Raises:
+        ValueError: If there are no features or no layers.
 
     References:
         Rezende, Mohamed. Variational Inference with Normalizing Flows. ICML 2015.
@@ -37,8 +44,9 @@ def planar(
         >>> planar(features=1)().log_prob(torch.zeros(5, 1)).shape
         torch.Size([5])
     """
+    check_positive("planar", feature=features, layer=layers)
     stack = (Planar(features, context, hidden=hidden) for _ in range(layers))
-    return Flow(features, stack, context, support=support)
+    return Flow(features, stack, context, support=support, noise=noise)
 
 
 def radial(
@@ -48,6 +56,7 @@ def radial(
     layers: int = 16,
     hidden: Sequence[int] = (64, 64),
     support: constraints.Constraint = constraints.real,
+    noise: nn.Module | None = None,
 ) -> Flow:
     """Build a flow of radial layers, each of which pulls or pushes around a centre.
 
@@ -59,6 +68,10 @@ def radial(
         layers: Number of layers.
         hidden: Widths of the hidden layers of each network, with context.
         support: Where draws lie.
+        noise: Module whose call gives the law of the noise; standard normal if None.
+
+    Raises:
+        ValueError: If there are no features or no layers.
 
     References:
         Rezende, Mohamed. Variational Inference with Normalizing Flows. ICML 2015.
@@ -68,8 +81,9 @@ def radial(
         >>> radial(features=2)().log_prob(torch.zeros(5, 2)).shape
         torch.Size([5])
     """
+    check_positive("radial", feature=features, layer=layers)
     stack = (Radial(features, context, hidden=hidden) for _ in range(layers))
-    return Flow(features, stack, context, support=support)
+    return Flow(features, stack, context, support=support, noise=noise)
 
 
 def sylvester(
@@ -80,6 +94,7 @@ def sylvester(
     units: int | None = None,
     hidden: Sequence[int] = (64, 64),
     support: constraints.Constraint = constraints.real,
+    noise: nn.Module | None = None,
 ) -> Flow:
     """Build a flow of Sylvester layers with Householder reflections: planar flows made wide.
 
@@ -92,6 +107,10 @@ def sylvester(
         units: Number of directions that a layer moves along; ``min(features, 8)`` if None.
         hidden: Widths of the hidden layers of each network, with context.
         support: Where draws lie.
+        noise: Module whose call gives the law of the noise; standard normal if None.
+
+    Raises:
+        ValueError: If there are no features or no layers.
 
     References:
         van den Berg, Hasenclever, Tomczak, Welling. Sylvester Normalizing Flows for Variational
@@ -101,5 +120,6 @@ def sylvester(
         >>> sylvester(features=3, context=2)(torch.zeros(5, 2)).sample().shape
         torch.Size([5, 3])
     """
+    check_positive("sylvester", feature=features, layer=layers)
     stack = (Sylvester(features, context, units=units, hidden=hidden) for _ in range(layers))
-    return Flow(features, stack, context, support=support)
+    return Flow(features, stack, context, support=support, noise=noise)
