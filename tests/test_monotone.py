@@ -61,6 +61,16 @@ def test_mixture_neither_saturates_nor_clips():
     assert ladj.isfinite().all()
 
 
+@pytest.mark.parametrize("components", [1, 2, 8, 256])
+def test_untrained_mixture_is_nearly_the_identity(components):
+    family = LogisticMixture(components)
+    x = torch.linspace(-30, 30, 2001).double()
+    z, ladj = family(torch.zeros(family.parameters).double()).inverse_and_ladj(x)
+    assert (z - x).abs().max() < 0.17
+    assert ladj.exp().min() > 1 / 1.09
+    assert ladj.max() < 1e-12
+
+
 def test_bernstein_is_that_of_scipy():
     family = Bernstein(degree=7, bound=2.0)
     params = torch.randn(8).double()
@@ -93,6 +103,23 @@ def test_integral_is_that_of_its_slope(hidden, scale):
         exact = quad(slope, 0, x, epsabs=1e-11, epsrel=1e-11, limit=500)[0]
         got = net.inv(torch.tensor(x, dtype=torch.float64)).item() - zero
         assert got == pytest.approx(exact, rel=2e-8, abs=1e-8)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # torch's own, while it compiles
+@pytest.mark.parametrize("family", [Integrated(hidden=4), SumOfSquares(degree=2)], ids=repr)
+def test_integral_is_one_graph(family, monkeypatch):
+    kind = torch.distributions.Distribution
+    monkeypatch.setattr(kind, "_validate_args", kind._validate_args)  # tracing switches it off
+    torch.compiler.reset()
+    params, x = torch.randn(5, family.parameters), torch.randn(5)
+
+    def score(params, x):
+        return family(params).inverse_and_ladj(x)
+
+    compiled = torch.compile(score, fullgraph=True, backend="eager")
+    for a, b in zip(compiled(params, x), score(params, x), strict=True):
+        assert torch.allclose(a, b)
 
 
 def test_sum_of_squares_is_the_integral_of_a_polynomial():

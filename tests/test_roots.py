@@ -133,6 +133,27 @@ def test_value_out_of_reach_is_refused(y):
         solve(bounded, torch.tensor([0.0, y]))
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # torch.func's own
+def test_torch_func_hides_no_value():
+    """Of one datum, which only vmap makes to stand for many."""
+    count = []
+
+    def counted(x):
+        count.append(1)
+        return power(x)
+
+    def found(y, f=power):
+        return solve(f, y)[0]
+
+    y = torch.tensor(2.0).double()
+    slope = torch.func.grad(lambda y: found(y, counted))(y)
+    assert torch.allclose(slope, 1 / (1 + 5 * found(y) ** 4))
+    assert len(count) <= 20
+    for derivative in (torch.func.grad, torch.func.jacfwd, torch.func.hessian):
+        with pytest.raises(FloatingPointError, match=r"reaches every value, got 1"):
+            derivative(lambda y: found(y, bounded))(y)
+
+
 @pytest.mark.parametrize("y", [math.nan, math.inf])
 def test_value_that_is_no_number_is_refused(y):
     with pytest.raises(FloatingPointError, match=r"finite values to invert, got 1 .*overflow"):

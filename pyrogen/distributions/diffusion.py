@@ -5,17 +5,16 @@ __all__ = ["Denoiser", "Diffused", "Diffusion", "ExactDenoiser", "Preconditioned
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import ClassVar, Self
 
 import pyro.distributions as dist
 import torch
 from torch import Size, Tensor, nn
 from torch.distributions import constraints
-from torch.utils.checkpoint import checkpoint
 
 from ..inputs import check_batch, check_context
 from ..paths import EDM, GaussianPath
+from ..transforms.recompute import parameters_of, recomputed
 from ..transforms.trace import ExactTrace, Hutchinson, Trace, quadratic_forms
 from .samplers import Multistep, Sampler
 from .standard import standard_units
@@ -337,16 +336,14 @@ class Diffused(dist.TorchDistribution):
 
         probes_per_row = d.trace.probes(u[:1]).shape[0]
         rows = max(1, COTANGENTS_AT_ONCE // probes_per_row)
-        contexts = [None] * len(u) if context is None else context.split(rows)
-        parts = [
-            _flow_density(d, part, condition)
-            for part, condition in zip(u.split(rows), contexts, strict=False)
-        ]
+        given = () if context is None else (context,)
+        split = zip(*(v.split(rows) for v in (u, *given)), strict=True)
+        parts = [_flow_density(d, *part) for part in split]
         log_prob, error = (torch.cat(column).reshape(shape) for column in zip(*parts, strict=True))
         return log_prob - d.scale.log().sum(), error
 
 
-def _flow_density(d: Diffusion, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+def _flow_density(d: Diffusion, x: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
     """Log-density of rows ``x`` in standardised units, and its standard error.
 
     On a uniform grid of log noise levels, where the trace is smooth and flat at both ends, the
@@ -355,33 +352,34 @@ def _flow_density(d: Diffusion, x: Tensor, context: Tensor | None) -> tuple[Tens
     order, which costs little beside the traces.
     """
 
-    def velocity(log_sigma: Tensor, x: Tensor) -> Tensor:
-        return x - d.denoise(x, log_sigma.exp(), context)
+    def velocity(log_sigma: Tensor, x: Tensor, *context: Tensor) -> Tensor:
+        return x - d.denoise(x, log_sigma.exp(), *context)
 
-    def visit(log_sigma: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        k1, forms = quadratic_forms(partial(velocity, log_sigma), x, probes)
-        k2 = velocity(log_sigma + step / 2, x + step / 2 * k1)
-        k3 = velocity(log_sigma + step / 2, x + step / 2 * k2)
-        k4 = velocity(log_sigma + step, x + step * k3)
+    def start(log_sigma: Tensor, x: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
+        return quadratic_forms(lambda x: velocity(log_sigma, x, *context), x, probes)
+
+    def visit(log_sigma: Tensor, x: Tensor, *context: Tensor) -> tuple[Tensor, ...]:
+        k1, forms = start(log_sigma, x, *context)
+        k2 = velocity(log_sigma + step / 2, x + step / 2 * k1, *context)
+        k3 = velocity(log_sigma + step / 2, x + step / 2 * k2, *context)
+        k4 = velocity(log_sigma + step, x + step * k3, *context)
         return x + step / 6 * (k1 + 2 * k2 + 2 * k3 + k4), forms
 
-    levels = torch.linspace(math.log(d.low), math.log(d.high), d.steps + 1, dtype=torch.float64)
     step = (math.log(d.high) - math.log(d.low)) / d.steps
+    levels = [x.new_full((), math.log(d.low) + i * step) for i in range(d.steps + 1)]
     weights = [step] * (d.steps + 1)
     for i, weight in enumerate((3 / 8, 7 / 6, 23 / 24)):
         weights[i] = weights[-1 - i] = weight * step
 
     probes = d.trace.probes(x)
-    differentiable = velocity(levels[0].to(x), x).requires_grad  # False under torch.no_grad
     integral = x.new_zeros(())
-    with torch.set_grad_enabled(differentiable):
-        for level, weight in zip(levels[:-1].to(x), weights[:-1], strict=True):
-            if differentiable:  # keep the state only, and compute the step anew on the way back
-                x, forms = checkpoint(visit, level, x, use_reentrant=False)
-            else:
-                x, forms = visit(level, x)
-            integral = integral + weight * forms
-        _, forms = quadratic_forms(partial(velocity, levels[-1].to(x)), x, probes)
+    if torch.is_grad_enabled():
+        row = (levels[0], *(v[:1] for v in (x, *context)))
+        visit = recomputed(visit, parameters_of(lambda *row: (velocity(*row),), row))
+    for level, weight in zip(levels[:-1], weights[:-1], strict=True):
+        x, forms = visit(level, x, *context)
+        integral = integral + weight * forms
+    _, forms = start(levels[-1], x, *context)
     divergence, error = d.trace.combine(integral + weights[-1] * forms)
     terminal = dist.Normal(x.new_zeros(()), math.hypot(d.high, 1.0))
     return terminal.log_prob(x).flatten(1).sum(-1) + divergence, error

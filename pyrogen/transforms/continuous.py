@@ -33,9 +33,9 @@ class Costs(NamedTuple):
     error: Tensor
     """Standard error of ``ladj`` by the trace; zero if that is exact."""
     kinetic: Tensor
-    r""":math:`\\int |v|^2 \\mathrm dt`."""
+    r""":math:`\int |v|^2 \mathrm dt`."""
     jacobian: Tensor
-    r""":math:`\\int \\lVert\\partial_x v\\rVert_F^2 \\mathrm dt`."""
+    r""":math:`\int \lVert\partial_x v\rVert_F^2 \mathrm dt`."""
 
 
 class Continuous(nn.Module):
@@ -52,7 +52,9 @@ class Continuous(nn.Module):
     an estimate of it, or with regularisers, use
     :class:`~pyrogen.objectives.RegularizedLikelihood`, or train without any solver by
     :class:`~pyrogen.objectives.FlowMatching`. The map is as smooth as the field: with a smooth
-    activation its derivatives of every order are those of plain autograd.
+    activation its derivatives of every order are those of plain autograd, forward and backward,
+    in whatever the field depends on. With a solver of fixed steps it can be mapped over by
+    ``torch.vmap``, and compiled as one graph.
 
     Cost: a value is one call of the field per stage of a step; a log-determinant one backward
     pass per feature beside.
@@ -234,15 +236,12 @@ class FlowMap(Bijection):
         cotangents: int,
         *held: Tensor,
     ) -> Tensor:
-        """Integrate ``rates`` in chunks of rows, with a graph only where someone may want it."""
-        if torch.is_inference_mode_enabled():
+        """Integrate ``rates`` in chunks of rows."""
+        if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
             raise RuntimeError(
                 "Continuous takes derivatives for its log-determinant, which inference mode "
                 "forbids. Use torch.no_grad instead."
             )
-        learned = any(p.requires_grad for p in self.layer.parameters())
-        wanted = learned or x.requires_grad or any(v.requires_grad for v in held)
         size = max(1, COTANGENTS_AT_ONCE // cotangents)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and wanted):
-            parts = zip(*(v.split(size) for v in (x, *held)), strict=True)
-            return torch.cat([solver(rates, part, start, stop, *own) for part, *own in parts])
+        parts = zip(*(v.split(size) for v in (x, *held)), strict=True)
+        return torch.cat([solver(rates, part, start, stop, *own) for part, *own in parts])

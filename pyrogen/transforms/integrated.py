@@ -3,7 +3,7 @@
 __all__ = ["Integrated", "SumOfSquares"]
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 
 import numpy as np
@@ -47,6 +47,7 @@ class Integrated(Univariate):
 
     hidden: int = 8
     bound: float = 5.0
+    rule: "_Rule" = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not 4 <= self.hidden <= 64:
@@ -55,6 +56,7 @@ class Integrated(Univariate):
             )
         if not 0 < self.bound < math.inf:
             raise ValueError(f"Integrated expected a positive bound, got {self.bound}. Try 5.")
+        object.__setattr__(self, "rule", _gauss_legendre(4 * self.hidden))
 
     @property
     def parameters(self) -> int:
@@ -63,7 +65,8 @@ class Integrated(Univariate):
     def __call__(self, params: Tensor) -> Bijection:
         heights, slopes, centers, rest = params.split([*[self.hidden] * 3, 2], dim=-1)
         # Units start apart, a distance of twice their width from one another.
-        spread = torch.linspace(-1, 1, self.hidden + 2).to(params)[1:-1] * self.bound
+        spread = torch.linspace(-1, 1, self.hidden + 2, dtype=params.dtype, device=params.device)
+        spread = spread[1:-1] * self.bound
         width = 2 * self.bound / self.hidden
         net = _Net(
             bounded(heights, 3.0) / math.sqrt(self.hidden),
@@ -71,7 +74,7 @@ class Integrated(Univariate):
             spread + bounded(centers, self.bound / 2),
             rest[..., :1],
         )
-        return _Integral(net, rest[..., 1], 4 * self.hidden, self.bound)
+        return _Integral(net, rest[..., 1], self.rule, self.bound)
 
 
 class _Net:
@@ -124,6 +127,7 @@ class SumOfSquares(Univariate):
 
     degree: int = 3
     polynomials: int = 2
+    rule: "_Rule" = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not 1 <= self.degree <= 5:
@@ -133,6 +137,7 @@ class SumOfSquares(Univariate):
             )
         if not 1 <= self.polynomials <= 64:
             raise ValueError(f"SumOfSquares expected 1 to 64 polynomials, got {self.polynomials}.")
+        object.__setattr__(self, "rule", _gauss_legendre(self.degree + 1))
 
     @property
     def parameters(self) -> int:
@@ -143,10 +148,10 @@ class SumOfSquares(Univariate):
         coefficients = bounded(coefficients / 3, 10.0)
         coefficients = coefficients.unflatten(-1, (self.polynomials, self.degree + 1))
         # At zero the squares add up to 1, in unequal parts: equals would stay equal.
-        parts = torch.arange(1, self.polynomials + 1).to(params)
+        parts = torch.arange(1, self.polynomials + 1, dtype=params.dtype, device=params.device)
         parts = (parts / parts.sum() * (1 - _LEAST_SLOPE)).sqrt()
         constant = coefficients[..., 0] + parts
-        return _Integral(_LogSquares(constant, coefficients), shift.squeeze(-1), self.degree + 1)
+        return _Integral(_LogSquares(constant, coefficients), shift.squeeze(-1), self.rule)
 
 
 class _LogSquares:
@@ -169,16 +174,20 @@ class _Integral(Monotone):
     """``shift`` and the integral from 0 of what ``log_slope`` is the logarithm of."""
 
     def __init__(
-        self, log_slope: "_Net | _LogSquares", shift: Tensor, nodes: int, bound: float = math.inf
+        self,
+        log_slope: "_Net | _LogSquares",
+        shift: Tensor,
+        rule: "_Rule",
+        bound: float = math.inf,
     ) -> None:
         super().__init__(shift.shape)
         self.log_slope = log_slope
         self.shift = shift
-        self.nodes = nodes
+        self.rule = rule
         self.bound = bound
 
     def value_and_log_slope(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        places, weights = _gauss_legendre(self.nodes)
+        places, weights = self.rule
         at = x.clamp(-self.bound, self.bound)
         log_slopes = self.log_slope(at.unsqueeze(-1) * x.new_tensor((*places, 1.0)))
         last = log_slopes[..., -1]
@@ -189,8 +198,12 @@ class _Integral(Monotone):
         return value, last
 
 
+_Rule = tuple[tuple[float, ...], tuple[float, ...]]
+"""Nodes and weights, which a family looks up when it is made: NumPy cannot be compiled."""
+
+
 @cache
-def _gauss_legendre(nodes: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _gauss_legendre(nodes: int) -> _Rule:
     """Nodes within [0, 1] and weights that add up to 1."""
     places, weights = np.polynomial.legendre.leggauss(nodes)
     return tuple(((places + 1) / 2).tolist()), tuple((weights / 2).tolist())

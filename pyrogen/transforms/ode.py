@@ -17,7 +17,8 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from .recompute import leaves, recomputed
+from ..inputs import can_steer
+from .recompute import Function, parameters_of, recomputed
 from .tableaux import EIGHT, FIVE
 
 Field = Callable[..., Tensor]
@@ -56,6 +57,14 @@ def _combine(x: Tensor, h: Tensor, weights: Sequence[float], slopes: Sequence[Te
     return x + h.unsqueeze(-1) * total
 
 
+def _recomputed(step: Function, field: Field, *inputs: Tensor) -> Function:
+    """A step that is computed anew on the way back, where there may be one."""
+    if not torch.is_grad_enabled():
+        return step
+    row = [v[:1] for v in inputs]
+    return recomputed(step, parameters_of(lambda *row: (field(*row),), row))
+
+
 @dataclass(frozen=True)
 class _FixedSteps(Solver, ABC):
     """Explicit Runge-Kutta on a uniform grid, by its tableau."""
@@ -80,21 +89,18 @@ class _FixedSteps(Solver, ABC):
     ) -> Tensor:
         h = x.new_full((len(x),), (stop - start) / self.steps)
 
-        def step(t: Tensor, x: Tensor, *held: Tensor) -> tuple[Tensor]:
+        def step(t: Tensor, x: Tensor, *held: Tensor) -> tuple[Tensor, ...]:
             slopes: list[Tensor] = []
             for node, weights in zip(self.nodes, self.stages, strict=True):
                 point = _combine(x, h, weights, slopes) if slopes else x
                 slopes.append(field(t + node * h, point, *held))
             return (_combine(x, h, self.weights, slopes),)
 
-        parameters: tuple[Tensor, ...] = ()
+        t = x.new_full((len(x),), start)
+        advance = _recomputed(step, field, t, x, *held) if self.checkpointed else step
         for i in range(self.steps):
-            inputs = (x.new_full((len(x),), start + i * ((stop - start) / self.steps)), x, *held)
-            if i and self.checkpointed and torch.is_grad_enabled():
-                (x,) = recomputed(step, inputs, parameters)
-            else:
-                (x,) = step(*inputs)
-                parameters = leaves(x, *inputs) if self.checkpointed else ()
+            t = x.new_full((len(x),), start + i * ((stop - start) / self.steps))
+            (x,) = advance(t, x, *held)
         return x
 
 
@@ -243,7 +249,7 @@ class DormandPrince(Solver):
 
         def step(
             t: Tensor, h: Tensor, x: Tensor, first: Tensor, *held: Tensor
-        ) -> tuple[Tensor, Tensor, Tensor]:
+        ) -> tuple[Tensor, ...]:
             h = sign * h
             slopes, point = [first], x
             for node, weights in zip(tableau.nodes, tableau.stages, strict=True):
@@ -256,20 +262,14 @@ class DormandPrince(Solver):
             ]
             return point, slopes[-1], _error(*ratios)
 
-        def attempt(*arguments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            if self.checkpointed and torch.is_grad_enabled():
-                new, end, error = recomputed(step, arguments, parameters)
-                return new, end, error
-            return step(*arguments)
-
         t = x.new_full((len(x),), start)
         slope = field(t, x, *held)
-        if torch._C._functorch.is_batchedtensor(slope):  # torch has no public way to ask
+        if not (can_steer(slope) or torch.compiler.is_compiling()):  # which can pause
             raise NotImplementedError(
                 "DormandPrince chooses its steps by values, which vmap hides. Pass a batch, or "
                 "choose a solver of fixed steps such as RungeKutta4."
             )
-        parameters = leaves(slope, x, *held) if self.checkpointed else ()
+        attempt = _recomputed(step, field, t, x, *held) if self.checkpointed else step
         h = _first_step(x.detach(), slope.detach(), tolerance ** (1 / order), span)
         rows = torch.arange(len(x), device=x.device)
         arrived: list[tuple[Tensor, Tensor]] = []

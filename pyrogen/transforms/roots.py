@@ -8,6 +8,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..inputs import can_steer
+from .recompute import transformed
+
 Increasing = Callable[[Tensor], tuple[Tensor, Tensor]]  # x -> f(x), log f'(x), element by element
 
 
@@ -23,7 +26,8 @@ def solve(f: Increasing, y: Tensor) -> tuple[Tensor, Tensor]:
     Cost: about ten calls of ``f`` without gradient, and three with it where one is wanted.
 
     Within ``torch.vmap`` and ``torch.compile`` values cannot end a loop, so its number of steps
-    is fixed, at one that suffices in practice, and nothing is raised.
+    is fixed, at one that suffices in practice, and nothing is raised. Other transforms of
+    ``torch.func`` change neither.
 
     Args:
         f: Increasing, differentiable function, from ``x`` of the shape of ``y`` to its value and
@@ -44,7 +48,7 @@ def solve(f: Increasing, y: Tensor) -> tuple[Tensor, Tensor]:
     with torch.no_grad():  # which leaves forward-mode derivatives, so they are detached as well
         x = _search(f, y.detach()).detach()
     value, log_slope = f(x)
-    if not (_carries_derivatives(value) or _carries_derivatives(y)):
+    if not (value.requires_grad or y.requires_grad or transformed()):
         return x, log_slope
     for _ in range(2):
         step = (y - value) * torch.exp(-log_slope)
@@ -55,7 +59,7 @@ def solve(f: Increasing, y: Tensor) -> tuple[Tensor, Tensor]:
 
 def _search(f: Increasing, y: Tensor) -> Tensor:
     x = y
-    steerable = _steers(y) and _steers(f(x)[0])
+    steerable = can_steer(y) and can_steer(f(x)[0])
     if steerable and not y.isfinite().all():
         raise FloatingPointError(
             f"Expected finite values to invert, got {int((~y.isfinite()).sum())} that are NaN or "
@@ -105,16 +109,3 @@ def _search(f: Increasing, y: Tensor) -> Tensor:
 
 _LIMIT = 4_000  # bisection from the largest double to the smallest takes 2,100
 _FIXED = 64
-
-
-def _steers(x: Tensor) -> bool:
-    """Whether values can end a loop: not while compiling, nor where one stands for many."""
-    if torch.compiler.is_compiling():
-        return False
-    return not torch._C._functorch.is_functorch_wrapped_tensor(x)  # torch has no public way to ask
-
-
-def _carries_derivatives(x: Tensor) -> bool:
-    if not _steers(x) or x.requires_grad:  # or nobody can tell
-        return True
-    return torch.autograd.forward_ad.unpack_dual(x).tangent is not None
