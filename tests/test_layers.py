@@ -10,13 +10,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyrogen import distributions as pd
 from pyrogen.inputs import can_steer, check_positive
-from pyrogen.nets import MaskedMLP, mlp
+from pyrogen.nets import MaskedMLP, TimeMLP, mlp
 from pyrogen.transforms import (
     ActNorm,
     Autoregressive,
+    Continuous,
     Convolution1x1,
     Coupling,
     Elementwise,
+    Euler,
     Householder,
     ImageCoupling,
     LULinear,
@@ -39,6 +41,7 @@ VECTORS = {  # of three features
     "Householder": lambda c: Householder(3),
     "LULinear": lambda c: LULinear(3),
     "ActNorm": lambda c: ActNorm(3),
+    "Continuous": lambda c: Continuous(TimeMLP(3, c), 3, c, solver=Euler(2)),
 }
 IMAGES = {  # of three channels
     "ImageCoupling": lambda c: ImageCoupling(3, c),

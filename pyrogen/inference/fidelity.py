@@ -14,15 +14,7 @@ from torch import Size, Tensor
 from ..distributions import Transformed
 from ..evaluation.psis import effective_sample_size, psis
 from ..guides.log_joint import LogJoint
-from ..objectives.hamiltonian import Points, adapted, evaluate, transition
-
-Density = Callable[[Tensor], Tensor]
-
-CANDIDATES = 16  # for each chain that starts elsewhere
-LEAPFROG = 8
-LONGEST = 0.25  # step: eight of them are a third of a standard normal law's period
-FIRST = 0.1
-TAIL = 0.05  # of all draws: a chain that stays there has not seen the rest
+from .pilot import pilot, pushed, rhat, stuck
 
 
 @dataclass(frozen=True)
@@ -174,11 +166,12 @@ def fidelity(
 
     and Hamiltonian Monte Carlo forgets its start within a few steps. So a pilot runs many short
     chains, half of them from draws of the guide, and half from elsewhere: from draws of the
-    prior, chosen by their likelihood, and from uniform draws on (-2, 2) in unconstrained units,
-    chosen by their density, carried to the noise. If the map leaves a neck, a far tail or a mode
-    to itself, chains from there stay apart. The guide's importance weights cannot tell: they are
-    known only where the guide goes, and a guide fitted by the reverse Kullback-Leibler divergence
-    does not go where it is wrong.
+    prior, weighed by their likelihood, and from uniform draws on (-2, 2) in unconstrained units,
+    weighed by their density, carried to the noise. Every other of these starts in the 2 % of
+    their mass for which the guide has least. If the map leaves a neck, a far tail or a mode to
+    itself, chains from there stay apart. The importance weights of the guide's own draws cannot
+    tell: they are known only where the guide goes, and a guide fitted by the reverse
+    Kullback-Leibler divergence does not go where it is wrong.
 
     The pilot is blind to what neither guide nor prior finds.
 
@@ -243,7 +236,7 @@ def fidelity(
             "guide's supports and the data."
         )
     back, density = _consistency(law, noise, u, ladj)
-    values, step = _pilot(law, log_joint, chains - chains % 2, transitions)
+    values, step = pilot(law, log_joint, chains - chains % 2, transitions)
     return Fidelity(
         guide=type(guide).__name__,
         latents=guide.latent_dim,
@@ -251,8 +244,8 @@ def fidelity(
         density=density,
         log_weights=log_weights,
         khat=psis(log_weights)[1].item(),
-        rhat=_rhat(values),
-        stuck=_stuck(values),
+        rhat=rhat(values),
+        stuck=stuck(values),
         chains=values.shape[1],
         step=(step.median().item(), step.min().item()),
         limits=Limits() if limits is None else limits,
@@ -279,12 +272,6 @@ def transported(guide: AutoContinuous) -> Transformed:
         ) from error
 
 
-def pushed(law: Transformed, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """Latents at ``noise``, shape ``(n, latents)``, and the log-determinant, shape ``(n,)``."""
-    u, ladj = law.bijection.call_and_ladj(noise)
-    return u, ladj.reshape(len(noise), -1).sum(-1)
-
-
 def _consistency(law: Transformed, noise: Tensor, u: Tensor, ladj: Tensor) -> tuple[float, float]:
     """Largest errors of the round trip, and of the density when it is scored."""
     try:
@@ -300,101 +287,3 @@ def _consistency(law: Transformed, noise: Tensor, u: Tensor, ladj: Tensor) -> tu
     base = law.noise.log_prob
     scored = base(back) + inverse.reshape(len(u), -1).sum(-1)
     return trip, (scored - base(noise) + ladj).abs().max().item()
-
-
-def _pilot(
-    law: Transformed, log_joint: LogJoint, chains: int, transitions: int
-) -> tuple[Tensor, Tensor]:
-    """Latents and log-density of short chains, ``(transitions, chains, latents + 1)``; steps."""
-
-    def density(noise: Tensor) -> Tensor:
-        u, ladj = pushed(law, noise)
-        return log_joint(u) + ladj
-
-    points = _starts(law, log_joint, density, chains)
-    step = torch.full_like(points.x[:, 0], FIRST)
-    kept = []
-    for i in range(2 * transitions):
-        jitter = 0.6 + 0.8 * torch.rand_like(step)  # or a period could be hit
-        points, accept = transition(points, [density], [1.0], step * jitter, leapfrog=LEAPFROG)
-        if i < transitions:
-            step = adapted(step, accept, rate=1.0).clamp(max=LONGEST)
-        else:
-            u = law.bijection(points.x)
-            kept.append(torch.cat([u, points.log_density[0][:, None]], -1))
-    return torch.stack(kept), step
-
-
-def _starts(law: Transformed, log_joint: LogJoint, density: Density, chains: int) -> Points:
-    """Half of the chains at draws of the guide, half elsewhere, all where density is finite.
-
-    Elsewhere is where the posterior has mass, as far as can be told without the guide: points
-    are drawn blindly and chosen by their weights. What has none, no sampler needs to leave.
-    """
-    zero = law.noise.mean
-    found = []
-    for source in (log_joint.prior, _uniform(zero, log_joint)):
-        try:
-            u, log_weight = source(CANDIDATES * chains)
-            noise = law.bijection.inverse_and_ladj(u)[0]
-        except (NotImplementedError, FloatingPointError):  # no draws, or out of the map's reach
-            continue
-        found.append(_chosen(noise, log_weight, density, chains // 4))
-    missing = chains - chains // 2 - sum(map(len, found))
-    if missing:
-        wide = 3 * law.noise.sample(Size((CANDIDATES * chains,)))
-        log_weight = density(wide) - law.noise.log_prob(wide / 3)
-        found.append(_chosen(wide, log_weight, density, missing))
-    own = law.noise.sample(Size((2 * chains,)))
-    found.append(_chosen(own, torch.zeros_like(own[:, 0]), density, chains // 2))
-    if not len(found[-1]):
-        raise FloatingPointError(
-            "fidelity found no draw of the guide where the model's log-density has a finite "
-            "gradient. Check the model far from its mass."
-        )
-    return evaluate(torch.cat(found), [density])
-
-
-def _uniform(zero: Tensor, log_joint: LogJoint) -> Callable[[int], tuple[Tensor, Tensor]]:
-    """Where NUTS starts without a map: uniform on (-2, 2), unconstrained."""
-
-    def draw(n: int) -> tuple[Tensor, Tensor]:
-        u = 4 * torch.rand(n, len(zero), dtype=zero.dtype, device=zero.device) - 2
-        return u, log_joint(u)
-
-    return draw
-
-
-def _chosen(noise: Tensor, log_weight: Tensor, density: Density, n: int) -> Tensor:
-    """Choose ``n`` points by weight, of those where density and slope are finite."""
-    usable = noise.isfinite().all(-1) & log_weight.isfinite()
-    noise, log_weight = noise[usable], log_weight[usable]
-    if len(noise):
-        points = evaluate(noise, [density])
-        usable = points.log_density[0].isfinite() & points.slope[0].isfinite().all(-1)
-        noise, log_weight = noise[usable], log_weight[usable]
-    if not len(noise) or not n:
-        return noise[:0]
-    return noise[log_weight.double().softmax(0).multinomial(n, replacement=True)]
-
-
-def _ranks(x: Tensor) -> Tensor:
-    """Ranks of each feature among all draws of all chains, in (0, 1)."""
-    n = x.shape[0] * x.shape[1]
-    order = x.reshape(n, -1).argsort(0).argsort(0)
-    return ((order + 0.625) / (n + 0.25)).double().reshape(x.shape)
-
-
-def _rhat(x: Tensor) -> float:
-    """Largest rank-normalised split R̂ over the features of ``(draws, chains, features)``."""
-    half = len(x) // 2
-    z = torch.special.ndtri(_ranks(x))
-    z = torch.cat([z[:half], z[half : 2 * half]], dim=1)
-    within, between = z.var(0).mean(0), z.mean(0).var(0)
-    return ((half - 1) / half + between / within).sqrt().max().item()
-
-
-def _stuck(x: Tensor) -> int:
-    """Number of chains whose mean rank, in some feature, lies in a tail."""
-    mean = _ranks(x).mean(0)
-    return int(((mean < TAIL) | (mean > 1 - TAIL)).any(-1).sum())

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 from ..guides.log_joint import LogJoint
-from .fidelity import Limits, fidelity, pushed, transported
+from .fidelity import Limits, fidelity, transported
+from .pilot import pushed
 
 
 class NeuTra:
@@ -130,9 +131,9 @@ class NeuTra:
 
     @torch.no_grad()
     def _refuse_mixing(self, args: tuple, kwargs: dict) -> None:
-        """Score two draws alone: a model that mixes draws gives them another density."""
+        """Score draws alone: a model that mixes draws gives some of them another density."""
         law = transported(self.guide)
-        noise = law.noise.sample(torch.Size((2,)))
+        noise = law.noise.sample(torch.Size((4,)))  # two may agree by chance
         u, ladj = pushed(law, noise)
         for one, expected in zip(noise, (self._log_joint(u) + ladj).tolist(), strict=True):
             held = poutine.condition(self.model, {self.site: one})

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..inputs import check_context
-from .base import Bijection
+from .base import SizedBijection
 from .ode import DormandPrince, Field, Solver
 from .trace import ExactTrace, Trace, pulled_back
 
@@ -123,7 +123,7 @@ class Continuous(nn.Module):
         return FlowMap(self, context)
 
 
-class FlowMap(Bijection):
+class FlowMap(SizedBijection):
     """From noise to data along the field of a :class:`Continuous` layer.
 
     Args:
@@ -132,14 +132,15 @@ class FlowMap(Bijection):
     """
 
     def __init__(self, layer: Continuous, context: Tensor | None) -> None:
-        super().__init__(() if context is None else context.shape[:-1])
+        batch_shape = () if context is None else context.shape[:-1]
+        super().__init__(layer.features, batch_shape, owner="Continuous")
         self.layer = layer
         self.context = context
 
-    def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return self._density(x, 1.0, 0.0)
 
-    def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
+    def _inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
         return self._density(y, 0.0, 1.0)
 
     def _call(self, x: Tensor) -> Tensor:
@@ -210,6 +211,7 @@ class FlowMap(Bijection):
 
     def _rows(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...], tuple[int, ...]]:
         """Data and context with one batch dimension, and the batch shape they had."""
+        self._check(x.shape)
         batch = torch.broadcast_shapes(x.shape[:-1], self.batch_shape)
         rows = x.expand(*batch, -1).reshape(-1, self.layer.features)
         if self.context is None:

@@ -81,12 +81,15 @@ class _Elementwise(SizedBijection):
         return layer.elementwise(layer.net(self.context).unflatten(-1, layer.shape))
 
 
+FIRST = 1.8  # gain of the layer that sees the data
+
+
 def start_at_zero(net: nn.Sequential) -> nn.Sequential:
     """Start a network that returns zeros, so that an untrained layer is the identity.
 
-    Its last layer is zero. The others start with rows of unit length on average, which learns
-    much faster than torch's own start, a third of that; larger ones still would overfit small
-    data.
+    Its last layer is zero. Hidden ones start with rows of unit length on average, three times
+    torch's own, and so learn much faster; the first with longer ones, and biases that spread
+    its units over standardised data. Longer rows still would overfit small data.
 
     Args:
         net: Linear layers with SiLU between them.
@@ -95,13 +98,14 @@ def start_at_zero(net: nn.Sequential) -> nn.Sequential:
         LeCun, Bottou, Orr, Müller. Efficient BackProp. Neural Networks: Tricks of the Trade, 1998.
     """
     *hidden, last = (layer for layer in net if isinstance(layer, nn.Linear))
-    for layer in hidden:
+    for i, layer in enumerate(hidden):
+        gain, spread = (1.0, 0.5) if i else (FIRST, FIRST * math.sqrt(1.5))
         seen = layer.mask.sum(1) if isinstance(layer, MaskedLinear) else layer.in_features
-        scale = torch.as_tensor(seen).clamp(min=1).to(layer.weight).rsqrt()
+        scale = gain * torch.as_tensor(seen).clamp(min=1).to(layer.weight).rsqrt()
         nn.init.normal_(layer.weight)
         with torch.no_grad():
             layer.weight.mul_(scale.unsqueeze(-1))
-        nn.init.uniform_(layer.bias, -0.5, 0.5)
+        nn.init.uniform_(layer.bias, -spread, spread)
     nn.init.zeros_(last.weight)
     nn.init.zeros_(last.bias)
     return net
