@@ -1,12 +1,14 @@
 """What every public door asks of the tensors that come in."""
 
-__all__ = ["can_steer", "check_batch", "check_context", "check_positive", "check_varied"]
+__all__ = ["check_batch", "check_context", "check_positive", "check_varied", "is_permutation"]
 
 import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from .autodiff import can_steer
 
 
 def check_batch(
@@ -83,28 +85,6 @@ def check_batch(
 def _can_be_inspected(x: Tensor) -> bool:
     """Whether looking at values costs little and can decide anything."""
     return x.device.type == "cpu" and can_steer(x)
-
-
-def can_steer(x: Tensor) -> bool:
-    """Whether values can decide what is computed.
-
-    They cannot while compiling, nor under ``vmap``, where the values of one datum stand for many.
-
-    Args:
-        x: Tensor whose values are to decide.
-
-    Example:
-        >>> can_steer(torch.zeros(3))
-        True
-    """
-    if torch.compiler.is_compiling():
-        return False
-    layers = torch._C._functorch  # torch has no public way to ask
-    while layers.is_functorch_wrapped_tensor(x):  # also by torch.func.grad, where values are one's
-        if layers.is_batchedtensor(x):
-            return False
-        x = layers.get_unwrapped(x)
-    return True
 
 
 def check_context(
@@ -188,3 +168,15 @@ def check_varied(x: Tensor, *, owner: str) -> None:
             f"{owner} expected features that vary, got {int(constant.sum())} constant "
             f"(first: {first}). Drop them, or add noise of the measurement's precision."
         )
+
+
+def is_permutation(order: Tensor) -> bool:
+    """Whether these are the whole numbers 0, 1, ... in some order.
+
+    Example:
+        >>> is_permutation(torch.tensor([2, 0, 1])), is_permutation(torch.tensor([1, 2]))
+        (True, False)
+    """
+    if order.ndim != 1 or order.is_floating_point() or order.dtype == torch.bool:
+        return False
+    return sorted(order.tolist()) == list(range(len(order)))

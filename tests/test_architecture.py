@@ -9,6 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "pyrogen"
 LAYERS = [
+    {"autodiff"},
     {"inputs", "parameters"},
     {"nets", "paths", "divergences"},
     {"transforms"},

@@ -9,7 +9,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyrogen import distributions as pd
-from pyrogen.inputs import can_steer, check_positive
+from pyrogen.autodiff import can_steer
+from pyrogen.inputs import check_positive
 from pyrogen.nets import MaskedMLP, TimeMLP, mlp
 from pyrogen.transforms import (
     ActNorm,

@@ -116,6 +116,18 @@ def test_factors_are_those_of_the_map():
     assert ladj.item() == pytest.approx(torch.linalg.slogdet(matrix).logabsdet.item())
 
 
+def test_few_rows_and_many_meet_the_same_map():
+    """Two thin products for few rows, one of the factors for many."""
+    layer = LULinear(5).double()
+    for p in layer.parameters():
+        torch.nn.init.normal_(p)
+    x = torch.randn(64, 5).double()
+    lower, upper, _ = layer.factors()
+    expected = x @ (lower @ upper).T + layer.bias
+    assert torch.allclose(layer()(x), expected)
+    assert torch.allclose(layer()(x[:3]), expected[:3])
+
+
 # Activation normalisation of channels
 
 

@@ -7,11 +7,13 @@ import pyro
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
+from pyrogen.autodiff import leaves
 from pyrogen.distributions.diffusion import Diffusion
 from pyrogen.nets import ResidualMLP
 from pyrogen.transforms import ExactTrace
-from pyrogen.transforms.recompute import leaves, parameters_of, recomputed
+from pyrogen.transforms.recompute import parameters_of, recomputed
 
 
 def test_parameters_are_what_is_not_an_input():
@@ -59,15 +61,36 @@ def test_batched_gradients_go_through():
     assert torch.allclose(found[1], (slope * x).detach().diag())
 
 
+@pytest.mark.parametrize("outer", ["checkpoint", "saved elsewhere"])
+def test_what_was_saved_may_come_back_as_other_tensors(outer):
+    w = torch.randn(3).double().requires_grad_()
+
+    def function(x):
+        return ((x * w).sin(),)
+
+    def total(x):
+        step = recomputed(function, parameters_of(function, [x]))
+        return step(step(x)[0])[0].sum()
+
+    x = torch.randn(4, 3).double()
+    if outer == "checkpoint":
+        value = checkpoint(total, x, use_reentrant=False)
+    else:
+        with torch.autograd.graph.save_on_cpu():
+            value = total(x)
+    (found,) = torch.autograd.grad(value, w)
+    (expected,) = torch.autograd.grad(function(function(x)[0])[0].sum(), w)
+    assert torch.allclose(found, expected)
+
+
 def test_randomness_is_repeated_and_left_alone():
     w, x = torch.ones(1000, requires_grad=True), torch.randn(1000)
     (y,) = recomputed(lambda x: (nn.functional.dropout(x * w),), (w,))(x)
-    before = torch.rand(())
+    torch.rand(())
     state = torch.get_rng_state()
     (gradient,) = torch.autograd.grad(y.sum(), w)
     assert torch.equal(gradient, y.detach())
     assert torch.equal(torch.get_rng_state(), state)
-    assert before != torch.rand(())
 
 
 def test_mixed_precision_is_repeated():
@@ -93,7 +116,7 @@ def test_weights_exchanged_in_between_are_refused():
     x = torch.randn(5, 2)
     (y,) = recomputed(lambda x: (layer(x),), tuple(layer.parameters()))(x)
     layer.bias = nn.Parameter(torch.ones(2))
-    with pytest.raises(RuntimeError, match=r"same weights on the way back, got others"):
+    with pytest.raises(RuntimeError, match=r"same weights on the way back, and at all times"):
         y.sum().backward()
 
 
@@ -143,7 +166,7 @@ def test_density_of_a_diffusion_asks_for_the_weights_it_saw():
     x, c = torch.randn(3, 2).double(), torch.randn(3, 1).double()
     log_prob = diffusion(c).log_prob(x)
     diffusion.denoiser = denoiser().denoiser
-    with pytest.raises(RuntimeError, match=r"same weights on the way back, got others"):
+    with pytest.raises(RuntimeError, match=r"same weights on the way back, and at all times"):
         log_prob.sum().backward()
 
 
@@ -151,6 +174,7 @@ def test_density_of_a_diffusion_asks_for_the_weights_it_saw():
 def test_memory_of_a_diffusion_s_gradient_hardly_grows_with_steps():
     script = """
 import resource, sys, torch
+from pyrogen.autodiff import leaves
 from pyrogen.distributions.diffusion import Diffusion
 from pyrogen.nets import ResidualMLP
 diffusion = Diffusion(ResidualMLP(16), (16,), steps=int(sys.argv[1]))

@@ -8,7 +8,7 @@ arXiv:2307.03672, Table 2
 Protocol: 10,000 points to learn from and as many to judge by; a network of 3 x 64 SELU units on
 (x, t); AdamW, learning rate 1e-3, weight decay 1e-5, batches of 512, 20,000 steps; 100 Euler
 steps; the exact 2-Wasserstein distance between 10,000 draws and the 10,000 test points. ``floor``
-is the distance between two test sets, which no model can be expected to pass; ``pairing`` the
+is the distance between two test sets, which no model can be expected to pass; ``coupling`` the
 share of the training's CPU time that finding the pairs takes.
 
 The paper does not say how its sets are drawn. Here they are as in its authors' runner: eight
@@ -157,7 +157,9 @@ def spread(values: list[float]) -> str:
 
 
 def table(done: dict[tuple[str, str], list[Row]]) -> None:
-    print("\n| task | pairs and paths | W2 | floor | published OT-CFM | pairing | CPU s | seeds |")
+    print(
+        "\n| task | pairs and paths | W2 | floor | published OT-CFM | coupling | CPU s | seeds |"
+    )
     print("|---|---|---|---|---|---|---|---|")
     for (task, method), rows in done.items():
         print(

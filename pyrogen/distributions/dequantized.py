@@ -349,11 +349,16 @@ def _of_each(support: Any) -> Any:
     return support
 
 
+def _exact(bound: float | Tensor) -> Tensor:
+    """A bound as a tensor: floats in double precision, or large ones would move."""
+    return bound if isinstance(bound, Tensor) else torch.tensor(bound, dtype=torch.float64)
+
+
 def _floor_of(support: Any, event_dim: int) -> constraints.Constraint:
     support = _of_each(support)
     whole: constraints.Constraint = constraints.integer
     if isinstance(support, constraints.interval | constraints.half_open_interval):
-        low, high = map(torch.as_tensor, (support.lower_bound, support.upper_bound))
+        low, high = map(_exact, (support.lower_bound, support.upper_bound))
         whole = constraints.integer_interval(low.floor(), high.ceil() - 1)
     half_line = isinstance(support, constraints.greater_than | constraints.greater_than_eq)
     if half_line and agree(support.lower_bound, 0):

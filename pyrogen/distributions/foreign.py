@@ -245,7 +245,7 @@ def _second_derivatives_hold(flow: Any, context: int) -> tuple[bool, bool]:
         y = flow.transform(c).inv(x)
         return y, -flow.transform(c).call_and_ladj(y)[1]
 
-    with torch.enable_grad(), torch.device("cpu"):
+    with torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"):  # noqa: FBT003
         flow = copy.deepcopy(flow).cpu().double()
         c = torch.linspace(-0.5, 0.5, context, dtype=torch.float64) if context else None
         size = flow.base(c).event_shape[-1]

@@ -31,8 +31,8 @@ class StudentTNoise(nn.Module):
         floor: Degrees of freedom stay above it; above 1 the noise has a mean, above 2 a variance.
 
     Raises:
-        ValueError: If there are no features, ``floor`` is negative, or ``df`` does not fit or is
-            not above it.
+        ValueError: If there are no features, ``floor`` is negative or not finite, or ``df`` does
+            not fit or is not above it.
 
     References:
         Jaini, Kobyzev, Yu, Brubaker. Tails of Lipschitz Triangular Flows. ICML 2020.

@@ -137,8 +137,8 @@ class AutoFlow(AutoContinuous):
         last = self._flow.layers[-1] if len(self._flow.layers) else None
         linear = last.layer if isinstance(last, Inverse) else last
         if isinstance(linear, LULinear):
-            factor = _factor((u - self._flow.shift) / self._flow.scale)
-            _set(linear, factor if linear is last else factor.inverse())
+            factor = _cholesky((u - self._flow.shift) / self._flow.scale)
+            _set_lower(linear, factor if linear is last else factor.inverse())
         return self
 
     def warm_start(self, guide: Callable, *args: Any, draws: int = DRAWS, **kwargs: Any) -> Self:
@@ -316,7 +316,7 @@ def quantiles_from(
 
 
 @torch.no_grad()
-def _factor(x: Tensor) -> Tensor:
+def _cholesky(x: Tensor) -> Tensor:
     """Cholesky factor of the covariance of draws."""
     factor, failed = torch.linalg.cholesky_ex(torch.cov(x.T).reshape(x.shape[1], x.shape[1]))
     if failed or len(x) <= x.shape[1]:
@@ -329,7 +329,7 @@ def _factor(x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _set(layer: LULinear, factor: Tensor) -> None:
+def _set_lower(layer: LULinear, factor: Tensor) -> None:
     """Let a linear map be that of a lower triangular matrix."""
     diagonal = factor.diagonal()
     layer.entries.copy_((factor / diagonal).tril(-1))

@@ -167,7 +167,7 @@ def fidelity(
     and Hamiltonian Monte Carlo forgets its start within a few steps. So a pilot runs many short
     chains, half of them from draws of the guide, and half from elsewhere: from draws of the
     prior, weighed by their likelihood, and from uniform draws on (-2, 2) in unconstrained units,
-    weighed by their density, carried to the noise. Every other of these starts in the 2 % of
+    weighed by their density, carried to the noise. On average half of these start in the 2 % of
     their mass for which the guide has least. If the map leaves a neck, a far tail or a mode to
     itself, chains from there stay apart. The importance weights of the guide's own draws cannot
     tell: they are known only where the guide goes, and a guide fitted by the reverse

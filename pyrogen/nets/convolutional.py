@@ -1,6 +1,6 @@
 """Convolutional networks between images and vectors."""
 
-__all__ = ["conv_decoder", "conv_encoder"]
+__all__ = ["Batched", "conv_decoder", "conv_encoder"]
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -8,8 +8,17 @@ from itertools import pairwise
 from torch import Tensor, nn
 
 
-class _Batched(nn.Module):
-    """Apply ``net``, which takes one batch dimension, over any number of them."""
+class Batched(nn.Module):
+    """A network that takes one batch dimension, applied over any number of them.
+
+    Args:
+        net: Network of one batch dimension.
+        event_dim: Number of dimensions of one datum.
+
+    Example:
+        >>> Batched(nn.Conv2d(1, 2, 3), event_dim=3)(torch.zeros(5, 4, 1, 8, 8)).shape
+        torch.Size([5, 4, 2, 6, 6])
+    """
 
     def __init__(self, net: nn.Module, event_dim: int) -> None:
         super().__init__()
@@ -57,7 +66,7 @@ def conv_encoder(
     for a, b in pairwise([depth, *channels]):
         layers += [nn.Conv2d(a, b, 3, stride=2, padding=1), nn.SiLU()]
     layers += [nn.Flatten(), nn.Linear([depth, *channels][-1] * height * width, outputs)]
-    return _Batched(nn.Sequential(*layers), event_dim=3)
+    return Batched(nn.Sequential(*layers), event_dim=3)
 
 
 def conv_decoder(
@@ -86,4 +95,4 @@ def conv_decoder(
     layers += [nn.Unflatten(1, (first, height, width))]
     for a, b in pairwise([*channels, depth]):
         layers += [nn.SiLU(), nn.ConvTranspose2d(a, b, 4, stride=2, padding=1)]
-    return _Batched(nn.Sequential(*layers), event_dim=1)
+    return Batched(nn.Sequential(*layers), event_dim=1)

@@ -26,7 +26,8 @@ class MaskedLinear(nn.Linear):
 
     def __init__(self, mask: Tensor) -> None:
         super().__init__(mask.shape[1], mask.shape[0])
-        self.register_buffer("mask", mask.to(self.weight))  # a product of like types is cheapest
+        # of the weights' own type, whose product is cheapest
+        self.register_buffer("mask", mask.to(self.weight), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return nn.functional.linear(x, self.weight * self.mask, self.bias)

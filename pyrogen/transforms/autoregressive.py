@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..inputs import can_steer, check_context, check_positive
+from ..autodiff import can_steer
+from ..inputs import check_context, check_positive, is_permutation
 from ..nets import MaskedMLP
 from .base import Bijection, SizedBijection
 from .elementwise import start_at_zero
-from .linear import is_permutation
 from .univariate import AFFINE, Univariate
 
 

@@ -97,7 +97,6 @@ class SizedBijection(Bijection):
         super().__init__(batch_shape)
         self.features = features
         self.owner = owner
-        self._dim = -self.domain.event_dim
 
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
         self._check(x.shape)
@@ -112,6 +111,11 @@ class SizedBijection(Bijection):
 
     @abstractmethod
     def _inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]: ...
+
+    @property
+    def _dim(self) -> int:
+        """Where the features of an event are."""
+        return -self.domain.event_dim
 
     def _check(self, shape: Size) -> None:
         if len(shape) < -self._dim or shape[self._dim] != self.features:

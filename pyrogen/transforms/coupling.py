@@ -46,7 +46,12 @@ class Halves(nn.Module, ABC):
 
     @abstractmethod
     def maps(self, a: Tensor, context: Tensor | None) -> Bijection:
-        """Return the maps of the half that moves, given the half that stays."""
+        """Return the elementwise maps of the half that moves, given the half that stays.
+
+        Args:
+            a: What stays, with its batch first.
+            context: Shape ``(*batch, context)``, or None.
+        """
 
     def forward(self, context: Tensor | None = None) -> Bijection:
         check_context(context, self.context, owner=type(self).__name__)

@@ -87,9 +87,9 @@ FIRST = 1.8  # gain of the layer that sees the data
 def start_at_zero(net: nn.Sequential) -> nn.Sequential:
     """Start a network that returns zeros, so that an untrained layer is the identity.
 
-    Its last layer is zero. Hidden ones start with rows of unit length on average, three times
-    torch's own, and so learn much faster; the first with longer ones, and biases that spread
-    its units over standardised data. Longer rows still would overfit small data.
+    Its last layer is zero. Hidden ones start with rows of unit length on average, where torch's
+    own have 0.58, and so learn much faster; the first with longer ones, and biases that spread its
+    units over inputs of unit scale. Longer rows still would overfit small data.
 
     Args:
         net: Linear layers with SiLU between them.

@@ -10,7 +10,7 @@ from torch import Size, Tensor, nn
 from torch.distributions import constraints
 
 from ..inputs import check_positive
-from ..nets.convolutional import _Batched
+from ..nets.convolutional import Batched
 from .base import Bijection, SizedBijection
 from .coupling import Halves
 from .linear import LULinear, Reflections
@@ -235,4 +235,4 @@ def _same_size(inputs: int, outputs: int, hidden: Sequence[int]) -> nn.Module:
     for weight in last.parameters():
         nn.init.zeros_(weight)
     net = nn.Sequential(nn.Conv2d(inputs, width, 1), *blocks, nn.SiLU(), last)
-    return _Batched(net, event_dim=3)
+    return Batched(net, event_dim=3)

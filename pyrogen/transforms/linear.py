@@ -6,9 +6,9 @@ __all__ = [
     "LULinear",
     "Permutation",
     "Reflections",
-    "is_permutation",
 ]
 
+import math
 from collections.abc import Sequence
 from typing import Self
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from ..inputs import check_batch, check_positive, check_varied
+from ..inputs import check_batch, check_positive, check_varied, is_permutation
 from .base import Bijection, SizedBijection
 from .univariate import ShiftScale
 
@@ -61,13 +61,6 @@ class Permutation(nn.Module):
 
     def forward(self, context: Tensor | None = None) -> Bijection:
         return _Permutation(self.order, self.undo)
-
-
-def is_permutation(order: Tensor) -> bool:
-    """Whether these are the whole numbers 0, 1, ... in some order."""
-    if order.ndim != 1 or order.is_floating_point() or order.dtype == torch.bool:
-        return False
-    return sorted(order.tolist()) == list(range(len(order)))
 
 
 class _Permutation(SizedBijection):
@@ -226,8 +219,11 @@ class _LULinear(SizedBijection):
 
     def _call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
         lower, upper, ladj = self.layer.factors()
-        matrix = lower @ upper  # first: a batch has more rows than the matrix
-        return nn.functional.linear(x, matrix, self.layer.bias), ladj.expand(x.shape[:-1])
+        if math.prod(x.shape[:-1]) < self.features:
+            y = x @ upper.T @ lower.T + self.layer.bias
+        else:  # a product of the factors, and one of the batch
+            y = nn.functional.linear(x, lower @ upper, self.layer.bias)
+        return y, ladj.expand(x.shape[:-1])
 
     def _inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
         lower, upper, ladj = self.layer.factors()

@@ -17,13 +17,13 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from ..inputs import can_steer
+from ..autodiff import can_steer
 from .recompute import Function, parameters_of, recomputed
 from .tableaux import EIGHT, FIVE
 
 Field = Callable[..., Tensor]
 """Map ``(t, x, *held)`` to the rate of ``x``; ``t`` has shape ``(rows,)``, the others a first
-dimension of rows."""
+dimension of rows, each independent of the others. The same weights act at all times."""
 
 
 class Solver(ABC):
@@ -264,7 +264,8 @@ class DormandPrince(Solver):
 
         t = x.new_full((len(x),), start)
         slope = field(t, x, *held)
-        if not (can_steer(slope) or torch.compiler.is_compiling()):  # which can pause
+        steerable = all(map(can_steer, (slope, x, *held)))
+        if not (steerable or torch.compiler.is_compiling()):  # which can pause
             raise NotImplementedError(
                 "DormandPrince chooses its steps by values, which vmap hides. Pass a batch, or "
                 "choose a solver of fixed steps such as RungeKutta4."

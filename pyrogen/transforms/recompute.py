@@ -5,63 +5,26 @@ a trace does: these unpack what was saved, there and then. Here the function run
 graph, and is run again, with one, on the way back.
 """
 
-__all__ = ["leaves", "parameters_of", "recomputed", "transformed"]
+__all__ = ["parameters_of", "recomputed"]
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
-from torch.autograd.graph import Node
+from torch.autograd.graph import Node, get_gradient_edge
 from torch.utils.checkpoint import get_device_states, set_device_states
 
+from ..autodiff import leaves, transformed
+
 Function = Callable[..., tuple[Tensor, ...]]
-
-
-def transformed() -> bool:
-    """Whether more than plain autograd is at work: ``torch.func``, forward mode, or a compiler.
-
-    Example:
-        >>> transformed()
-        False
-        >>> torch.func.grad(lambda x: x * transformed())(torch.tensor(3.0))
-        tensor(1.)
-    """
-    if torch.compiler.is_compiling():
-        return True
-    level = torch._C._functorch.maybe_current_level()  # torch has no public way to ask
-    return level is not None or forward_ad._current_level >= 0
-
-
-def leaves(results: Sequence[Tensor], inputs: Sequence[Tensor] = ()) -> tuple[Tensor, ...]:
-    """Parameters that ``results`` were computed from, but for what lies behind ``inputs``.
-
-    Example:
-        >>> weight = torch.ones(2, requires_grad=True)
-        >>> (found,) = leaves([weight * torch.ones(2)])
-        >>> found is weight
-        True
-    """
-    seen: set[Node | None] = {None, *(v.grad_fn for v in inputs)}
-    found: list[Tensor] = []
-    stack = [v.grad_fn for v in results]
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        variable = getattr(node, "variable", None)  # of a node that accumulates a gradient
-        if variable is not None and all(variable is not v for v in inputs):
-            found.append(variable)
-        stack += [before for before, _ in node.next_functions]
-    return tuple(found)
 
 
 def parameters_of(function: Function, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """What ``function`` depends on and may want a gradient, but for ``inputs``.
 
-    Found by a call, so let these be few rows.
+    Found by a call, so let these be few rows; what depends on other weights for other rows or
+    at other times cannot be recomputed.
 
     Example:
         >>> weight = torch.ones(2, requires_grad=True)
@@ -116,9 +79,9 @@ class _Recomputed(torch.autograd.Function):
     def forward(ctx: Any, function: Function, inputs: int, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.function, ctx.inputs = function, inputs
         ctx.save_for_backward(*tensors)
-        on_device = get_device_states(tensors[0]) if tensors[0].is_cuda else ([], [])
-        ctx.random = torch.get_rng_state(), on_device  # so that dropout drops the same
         kind = tensors[0].device.type
+        on_device = ([], []) if kind == "cpu" else get_device_states(tensors[0])
+        ctx.random = torch.get_rng_state(), kind, on_device  # so that dropout drops the same
         precision, mixed = torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
         # without its cache, into which a weight would go without its graph
         ctx.autocast = torch.autocast(kind, precision, mixed, cache_enabled=False)
@@ -130,10 +93,10 @@ class _Recomputed(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         tensors, wanted = list(ctx.saved_tensors), ctx.needs_input_grad[2:]
         again = torch.is_grad_enabled()  # derivatives of the derivatives are asked for
-        random, (devices, states) = ctx.random
-        with torch.enable_grad(), torch.random.fork_rng(devices):
+        random, kind, (devices, states) = ctx.random
+        with torch.enable_grad(), torch.random.fork_rng(devices, device_type=kind):
             torch.set_rng_state(random)
-            set_device_states(devices, states)
+            set_device_states(devices, states, device_type=kind)
             for i in range(ctx.inputs):
                 # a new node, so that the way back ends here
                 joined = again and tensors[i].requires_grad
@@ -158,9 +121,14 @@ class _Recomputed(torch.autograd.Function):
 
 
 def _check_same(found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
-    if set(map(id, found)) != set(map(id, expected)):
+    if _nodes(found) != _nodes(expected):
         raise RuntimeError(
-            "A checkpointed step expected to depend on the same weights on the way back, got "
-            "others. Take the gradient while they are in place, as within the module that "
-            "torch.func.functional_call calls, or do without checkpoints."
+            "A checkpointed step expected to depend on the same weights on the way back, and at "
+            "all times, got others. Take the gradient while they are in place, as within the "
+            "module that torch.func.functional_call calls, or do without checkpoints."
         )
+
+
+def _nodes(parameters: Sequence[Tensor]) -> set[Node]:
+    """Where gradients gather: saved tensors may come back as others, these stay."""
+    return {get_gradient_edge(v).node for v in parameters if v.requires_grad}

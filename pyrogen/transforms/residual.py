@@ -13,7 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..inputs import can_steer, check_context, check_positive
+from ..autodiff import can_steer
+from ..inputs import check_context, check_positive
 from ..nets import mlp
 from .base import Bijection, SizedBijection
 from .linear import Reflections

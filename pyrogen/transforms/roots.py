@@ -8,8 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..inputs import can_steer
-from .recompute import transformed
+from ..autodiff import can_steer, transformed
 
 Increasing = Callable[[Tensor], tuple[Tensor, Tensor]]  # x -> f(x), log f'(x), element by element
 

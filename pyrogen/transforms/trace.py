@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .recompute import leaves, transformed
+from ..autodiff import leaves, transformed
 
 
 def pulled_back(
