@@ -81,7 +81,7 @@ class _Elementwise(SizedBijection):
         return layer.elementwise(layer.net(self.context).unflatten(-1, layer.shape))
 
 
-FIRST = 1.8  # gain of the layer that sees the data
+FIRST = 1.4  # gain of the layer that sees the data
 
 
 def start_at_zero(net: nn.Sequential) -> nn.Sequential:
