@@ -44,12 +44,16 @@ def test_exact_map_of_the_funnel_is_faithful():
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize(
-    "recipe",
-    [small, partial(nsf, layers=3, hidden=(32, 32)), partial(maf, hidden=(32, 32))],
+    ("recipe", "steps"),
+    [
+        (small, 300),
+        (partial(nsf, layers=3, hidden=(32, 32)), 600),  # with 300, two chains may be stuck
+        (partial(maf, hidden=(32, 32)), 300),
+    ],
     ids=["realnvp", "nsf", "maf"],
 )
-def test_fitted_flows_on_the_schools_are_faithful(recipe, seed):
-    guide = fitted(SCHOOLS, recipe, steps=300, seed=seed, gradient=DoublyReparameterized())
+def test_fitted_flows_on_the_schools_are_faithful(recipe, steps, seed):
+    guide = fitted(SCHOOLS, recipe, steps=steps, seed=seed, gradient=DoublyReparameterized())
     verdict = fidelity(SCHOOLS, guide)
     assert verdict.faithful, str(verdict)
 
@@ -61,8 +65,8 @@ def test_short_fits_of_the_funnel_are_refused(recipe, seed):
     """R̂ was 1.39 and 1.41 for realnvp, with 17 and 15 stuck chains, on two seeds.
 
     Chains half as many and half as long gave 1.48 to 1.69 for realnvp, on six others, and 1.25
-    to 1.40 for maf, on five; all were refused, as were five fits by nsf. Fifteen fits of the
-    schools, which gave 1.02 to 1.04, were all accepted.
+    to 1.40 for maf, on five; all were refused, as were five fits by nsf. Good fits of the schools
+    gave 1.02 to 1.04.
     """
     guide = fitted(funnel, recipe, steps=350, seed=seed)
     verdict = fidelity(funnel, guide)
