@@ -161,7 +161,7 @@ def test_support_is_the_floor_of_the_flows():
 
     assert support(constraints.interval(-0.5, 3.0)).upper_bound == 2
     assert support(constraints.interval(-0.5, 3.0)).lower_bound == -1
-    assert support(constraints.interval(0.0, 2.0**24 + 2)).upper_bound == 2**24 + 1
+    assert support(constraints.interval(0.0, 2.0**24 + 2)).upper_bound.item() == 2**24 + 1
     assert support(constraints.positive) is constraints.nonnegative_integer
     assert support(constraints.real) is dist.constraints.integer
 
